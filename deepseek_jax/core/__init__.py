@@ -4,7 +4,9 @@ from deepseek_jax.core.numerics import Ema as Ema
 from deepseek_jax.core.numerics import all_finite as all_finite
 from deepseek_jax.core.numerics import ema_value as ema_value
 from deepseek_jax.core.numerics import init_ema as init_ema
+from deepseek_jax.core.numerics import is_number as is_number
 from deepseek_jax.core.numerics import safe_ratio as safe_ratio
+from deepseek_jax.core.numerics import scale_tree as scale_tree
 from deepseek_jax.core.numerics import select_tree as select_tree
 from deepseek_jax.core.numerics import update_ema as update_ema
 from deepseek_jax.core.tree import label_tree as label_tree

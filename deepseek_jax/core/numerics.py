@@ -135,6 +135,25 @@ def select_tree(condition: ArrayLike, on_true: PyTree, on_false: PyTree) -> Any:
   )
 
 
+def scale_tree(tree: PyTree, factor: ArrayLike) -> PyTree:
+  """Multiplies every leaf by a scalar and keeps its dtype.
+
+  The product is taken in the wider of both dtypes: a float32 factor is not
+  rounded to bfloat16 before it meets a bfloat16 leaf.
+
+  Args:
+    tree: Any pytree of arrays.
+    factor: A scalar.
+
+  Returns:
+    A tree like `tree`.
+
+  >>> print(scale_tree({"a": jnp.ones(2, jnp.bfloat16)}, 0.5)["a"])
+  [0.5 0.5]
+  """
+  return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), tree)
+
+
 def is_number(value: Any) -> bool:
   """Says whether a Python number was given, that can be checked now.
 

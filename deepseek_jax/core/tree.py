@@ -21,11 +21,14 @@ from deepseek_jax.core.typing import Path, PyTree, Rules, Value
 _REQUIRED: Any = object()
 
 
-def leaf_paths(tree: PyTree) -> list[Path]:
+def leaf_paths(
+  tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Path]:
   """Returns the path of every leaf, in the order of `jax.tree.leaves`.
 
   Args:
     tree: Any pytree.
+    is_leaf: Says of a node that it is a leaf, as in `jax.tree.leaves`.
 
   Returns:
     One path a leaf; the path of a tree that is itself a leaf is "".
@@ -37,7 +40,7 @@ def leaf_paths(tree: PyTree) -> list[Path]:
   >>> leaf_paths({"stages": [{"kernel": 1.0}], "bias": 2.0})
   ['bias', 'stages/0/kernel']
   """
-  entries, _ = jax.tree_util.tree_flatten_with_path(tree)
+  entries, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
   paths = [
     jax.tree_util.keystr(keys, simple=True, separator="/")
     for keys, _ in entries
