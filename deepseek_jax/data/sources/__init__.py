@@ -1,1 +1,1 @@
-"""."""
+"""Sources of data: builders, and what finds, prepares and reads them."""

@@ -1,0 +1,100 @@
+"""Loads a data set by name."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from deepseek_jax.data.dataset import Dataset
+from deepseek_jax.data.schema import unknown
+
+
+def load(
+  name: str,
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+  download: bool = True,
+  inputs: Sequence[str] | None = None,
+  target: str | None = None,
+  splits: Mapping[str, str] | None = None,
+  memory_limit: int = 2**30,
+) -> Dataset:
+  """Loads a data set, preparing it first if it is not on disk.
+
+  Preparing is safe when many processes load at once and when one is killed: a
+  lock lets one prepare, into a directory that is renamed when it is complete.
+  No TensorFlow is needed to read; some of TFDS's own builders need it to
+  prepare, and the error then says what to run where.
+
+  Args:
+    name: "digits" (scikit-learn's, made offline in about two seconds) or
+      "tfds:NAME", "tfds:NAME/CONFIG", "tfds:NAME:VERSION" for any data set of
+      TFDS, or any that is prepared in `data_dir`.
+    data_dir: Where data sets live, a local directory; `None` is TFDS's default,
+      `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+    download: Whether the network may be used to prepare.
+    inputs: The features to read; `None` takes the data set's supervised keys.
+    target: The feature to predict; `None` takes the data set's.
+    splits: For each of "train", "validation" and "test" a TFDS split such as
+      "train[:80%]". `None` takes the data set's own; if it has no validation
+      split the last 10 % of train, and if it has no test split either the
+      10 % before those.
+    memory_limit: In bytes. A split whose decoded columns take at most this is
+      held in memory; a larger one is read from its files batch by batch.
+
+  Returns:
+    The data set, checked: shapes agree, numbers are finite, labels in range
+    (what is not held in memory is checked when it is read).
+
+  Raises:
+    ValueError: If the name or a feature is unknown, or the data is bad.
+    RuntimeError: If the data set cannot be prepared here.
+
+  >>> import deepseek_jax as dj
+  >>> digits = dj.data.load("digits")
+  >>> len(digits.train), len(digits.validation), len(digits.test)
+  (1257, 180, 360)
+  >>> digits.schema.input_shapes, digits.schema.num_classes
+  ({'image': (8, 8, 1)}, 10)
+  """
+  # TFDS takes half a second to import: only who loads a data set pays.
+  from deepseek_jax.data.sources import prepared, reading
+
+  root = prepared.data_root(data_dir)
+  if name == "digits":
+    builder = _digits(root)
+  elif name.startswith("tfds:") and len(name) > 5:
+    builder = prepared.find(name[5:], root)
+    if builder is None:
+      builder = prepared.make(name[5:], root, download=download)
+  else:
+    raise ValueError(unknown("data set", name, _known(root)))
+  return reading.read(
+    name,
+    builder,
+    inputs=inputs,
+    target=target,
+    splits=splits,
+    memory_limit=memory_limit,
+  )
+
+
+def _digits(root: Path):
+  """Returns a builder whose digits are in place."""
+  from deepseek_jax.data.sources import prepared
+
+  builder = prepared.find("digits:1.0.0", root)
+  if builder is None:
+    from deepseek_jax.data.sources.digits import Digits
+
+    builder = Digits(data_dir=root, file_format="array_record")
+    prepared.prepare(builder, root, quiet=True)
+  return builder
+
+
+def _known(root: Path) -> list[str]:
+  import tensorflow_datasets as tfds
+
+  names = set(tfds.list_builders(with_community_datasets=False))
+  if root.is_dir():
+    names |= {path.name for path in root.iterdir() if path.is_dir()}
+  return ["digits", *(f"tfds:{name}" for name in names)]
