@@ -18,7 +18,7 @@ from deepseek_jax.optim.schedules import warmup
 def deepseek(
   learning_rate: jax.typing.ArrayLike | optax.Schedule = 1e-2,
   *,
-  weight_decay: jax.typing.ArrayLike = 0.0,
+  weight_decay: int | optax.ScalarOrSchedule = 0.0,
   warmup_steps: jax.typing.ArrayLike = 0,
   b1: jax.typing.ArrayLike = 0.9,
   b2: jax.typing.ArrayLike = 0.999,
@@ -51,7 +51,7 @@ def deepseek(
       the rate; at least 0. The default suits small models; 3e-4 to 3e-3 is
       usual for large ones.
     weight_decay: Fraction of a weight taken off each step, times the learning
-      rate; at least 0.
+      rate; at least 0, or a schedule of it.
     warmup_steps: Updates over which the rate rises linearly, at least 0.
     b1: Decay of the first moment, in [0, 1).
     b2: Decay of the second moment, in [0, 1).
@@ -123,7 +123,7 @@ def _resting(
   return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
-def _is_off(value: jax.typing.ArrayLike) -> bool:
+def _is_off(value: Any) -> bool:
   # An injected hyperparameter is an array: it may become other than 0 later.
   return is_number(value) and value == 0
 
