@@ -97,6 +97,8 @@ def _header(run: Run) -> str:
     status = str(run.result.get("ended_by", "ended"))
     kind, note = _ENDINGS.get(status, "warn"), ""
     kind = "bad" if status.startswith("non-finite") else kind
+    if run.result.get("complete") is False:
+      note = '<p class="warn">Cut before its end: start it again to go on.</p>'
   tiles = "".join(
     f"<div><dt>{page.text(name)}</dt><dd>{value}</dd></div>"
     for name, value in _headlines(run)
@@ -189,7 +191,7 @@ def _training(run: Run) -> str:
   return f"<h2>Training</h2>{page.grid(cards)}"
 
 
-def _curve_card(run: Run, name: str, best: float | None) -> str:
+def _curve_card(run: Run, name: str, best: int | float | None) -> str:
   """Train and validation of one quantity, with their values in the title."""
   splits = sorted(
     (

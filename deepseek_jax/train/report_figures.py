@@ -15,7 +15,7 @@ _LABELLED_LINES = 12
 
 
 def curves(
-  name: str, series: dict[str, Series], best_step: float | None = None
+  name: str, series: dict[str, Series], best_step: int | float | None = None
 ) -> str:
   """Draws one quantity over the steps, a labelled line for each series.
 
@@ -79,7 +79,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> str:
   share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
   named = classes <= _NAMED_CLASSES
   labels = [_shorten(name) for name in names] if named else []
-  margin = 14 + 4.6 * max(map(len, labels), default=4)
+  margin = 14 + round(4.6 * max(map(len, labels), default=4))
   height = report_svg.WIDTH - margin + 18
   with report_svg.canvas(
     "Confusion matrix", height=height, left=margin, bottom=18, top=4, right=4
@@ -111,7 +111,7 @@ def calibration(confidence: np.ndarray, is_right: np.ndarray) -> str:
   with report_svg.canvas(name, left=38, bottom=34) as (figure, axes):
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, dashes=(3, 3))
     axes.text(0.32, 0.24, "perfect", color=MUTED, fontsize=8)
-    axes.plot(rows[:, 0], rows[:, 1], color=BLUE, linewidth=1.2)
+    axes.plot(rows[:, 0], rows[:, 1], color=BLUE, linewidth=1.0, alpha=0.5)
     axes.scatter(
       rows[:, 0],
       rows[:, 1],
@@ -188,7 +188,7 @@ def decimate(line: Series) -> tuple[np.ndarray, np.ndarray]:
   return steps[order], values[order]
 
 
-def _mark_best(axes, step: float, series: dict[str, Series]) -> None:
+def _mark_best(axes, step: int | float, series: dict[str, Series]) -> None:
   axes.axvline(step, color=MUTED, linewidth=0.8, dashes=(2, 2), zorder=1)
   # Beside the line, on the side where there is room.
   low, high = axes.get_xlim()
@@ -244,9 +244,9 @@ def _label_ends(axes, ends: Sequence[tuple[str, str, np.ndarray]]) -> None:
 def spread(heights: Sequence[float], gap: float, ceiling: float) -> list[float]:
   """Moves ascending heights at least `gap` apart, the top below `ceiling`.
 
-  >>> spread([1.0, 2.0, 50.0], gap=10, ceiling=55)
+  >>> spread([1.0, 2.0, 50.0], gap=10.0, ceiling=55.0)
   [1.0, 11.0, 50.0]
-  >>> spread([48.0, 50.0], gap=10, ceiling=55)
+  >>> spread([48.0, 50.0], gap=10.0, ceiling=55.0)
   [45.0, 55.0]
   """
   placed: list[float] = []

@@ -33,7 +33,7 @@ def percent(share: float) -> str:
   return f"{100 * share:.1f}\u202f%"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
   """Seconds as a person would say them.
 
   >>> duration(38.42), duration(754), duration(7388)
@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
   return f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
   """Bytes with a binary unit.
 
   >>> size(734003200)

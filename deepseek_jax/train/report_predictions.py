@@ -127,7 +127,7 @@ def _worst(
     true, guess = (
       page.text(names[x]) for x in (answers.labels[i], predicted[i])
     )
-    sure = page.percent(confidence[i])
+    sure = page.percent(float(confidence[i]))
     if answers.labels[i] == predicted[i]:
       return f'<b class="good">{guess}</b> {sure}<br>right, but unsure'
     return f'<b class="bad">{guess}</b> {sure}<br>is <b>{true}</b>'
@@ -147,7 +147,7 @@ def _pictures(title: str, lead: str, answers: Predictions, caption) -> str:
   if not len(answers.worst):
     return ""
   faces = []
-  for place, i in enumerate(answers.worst):
+  for place, i in enumerate(answers.worst.tolist()):
     image = "" if answers.images is None else _image(answers.images[place])
     faces.append(
       f"<figure>{image}{caption(i)}<br>"
@@ -177,9 +177,9 @@ def _image(pixels: np.ndarray) -> str:
 
 
 def _regression(answers: Predictions) -> str:
-  true, predicted = answers.labels.astype(np.float64), answers.logits[:, 0]
+  true, predicted = answers.labels, answers.logits.astype(np.float64)
   error = predicted - true
-  spread = ((true - true.mean()) ** 2).sum()
+  spread = ((true - true.mean(axis=0)) ** 2).sum()
   rows = [
     ("R²", f"{1 - (error**2).sum() / spread:.4f}" if spread else "undefined"),
     ("root mean square error", f"{np.sqrt((error**2).mean()):.4g}"),
@@ -188,11 +188,17 @@ def _regression(answers: Predictions) -> str:
     ("mean error", f"{error.mean():.4g}"),
   ]
 
+  def values(row: np.ndarray) -> str:
+    more = ", \u2026" if len(row) > 3 else ""
+    return ", ".join(f"{value:.4g}" for value in row[:3]) + more
+
   def caption(i: int) -> str:
-    return f"<b>{predicted[i]:.4g}</b><br>is <b>{true[i]:.4g}</b>"
+    return f"<b>{values(predicted[i])}</b><br>is <b>{values(true[i])}</b>"
 
   cards = [
-    page.figure("Predicted against true", figures.scatter(true, predicted)),
+    page.figure(
+      "Predicted against true", figures.scatter(true.ravel(), predicted.ravel())
+    ),
     '<div class="card"><h3>Errors</h3>'
     f"{page.table(('measure', 'value'), rows, numeric=1)}</div>",
   ]

@@ -30,10 +30,10 @@ class Series:
 class Predictions:
   """The model's answers on the test split.
 
-  Let N be examples, K classes (1 for regression), M the examples pictured.
+  Let N be examples, K classes (of a regression: outputs), M pictures.
 
   Attributes:
-    labels: [N], class indices or, for regression, true values.
+    labels: int [N], class indices; for regression float [N, K], true values.
     logits: float32 [N, K], finite.
     index: [N], each example's place in its split.
     worst: [M], positions into the three above.
@@ -51,7 +51,7 @@ class Predictions:
   @property
   def is_regression(self) -> bool:
     """Whether a prediction is a number rather than a class."""
-    return self.logits.shape[1] == 1
+    return self.labels.ndim == 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,10 @@ def read_run(workdir: str | os.PathLike) -> Run:
   description = _read_json(folder / "run.json")
   version = description.get("format")
   if version != FORMAT:
+    is_newer = isinstance(version, int) and version > FORMAT
+    remedy = " This run needs a newer deepseek_jax." if is_newer else ""
     raise ValueError(
-      f"run.json must have format {FORMAT}, got format={version!r}; a newer "
-      "run needs a newer deepseek_jax."
+      f"run.json must have format {FORMAT}, got format={version!r}.{remedy}"
     )
   _check_parameters(description.get("parameters", []))
   rows = _read_metrics(folder / "metrics.jsonl")
@@ -234,14 +235,19 @@ def _check_predictions(arrays: dict[str, np.ndarray]) -> Predictions:
   index = arrays.get("index", np.arange(len(labels)))
   worst = arrays.get("worst", np.zeros(0, int))
   images = arrays.get("worst_images")
-  labels = labels.reshape(len(labels), -1).squeeze(1)
+  if logits.shape[1] == 1 or labels.dtype.kind == "f":
+    labels = labels.reshape(len(labels), -1).astype(np.float64)
   if not len(labels) == len(logits) == len(index) > 0:
     raise ValueError(
       "labels, logits and index must have one length above zero, got "
       f"{len(labels)}, {len(logits)} and {len(index)}"
     )
   classes = logits.shape[1]
-  if classes > 1 and not (labels.min() >= 0 and labels.max() < classes):
+  if labels.ndim == 2 and labels.shape != logits.shape:
+    raise ValueError(
+      f"float labels must have the shape {logits.shape}, got {labels.shape}"
+    )
+  if labels.ndim == 1 and not (labels.min() >= 0 and labels.max() < classes):
     raise ValueError(
       f"labels must be in [0, {classes}), got {labels.min()}..{labels.max()}"
     )
@@ -253,7 +259,7 @@ def _check_predictions(arrays: dict[str, np.ndarray]) -> Predictions:
     )
   finite = np.isfinite(logits).all(axis=1)
   return Predictions(
-    labels=labels if classes == 1 else labels.astype(int),
+    labels=labels,
     logits=np.nan_to_num(logits, nan=0.0),
     index=index,
     worst=worst,

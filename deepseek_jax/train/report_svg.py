@@ -61,11 +61,11 @@ _STYLE = {
 def canvas(
   name: str,
   *,
-  height: float = _HEIGHT,
-  left: float = 40,
-  right: float = 58,
-  bottom: float = 24,
-  top: float = 14,
+  height: int = _HEIGHT,
+  left: int = 40,
+  right: int = 58,
+  bottom: int = 24,
+  top: int = 14,
 ) -> Iterator:
   """A figure with one axes and these margins, in points."""
   import matplotlib
@@ -120,7 +120,7 @@ def step_axis(axes) -> None:
   axes.xaxis.label.set(ha="left", va="top")
 
 
-def _tick(value: float, _position: int | None = None) -> str:
+def _tick(value: int | float, _position: int | None = None) -> str:
   """Short text of a tick: 0.0005, 12, 20k, 3M, 2e-05."""
   for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
     if abs(value) >= size:

@@ -1,0 +1,173 @@
+"""The command line: `deepseek-jax train FILE.py`, `evaluate RUN`, `report RUN`.
+
+Exit codes: 0 done; 2 the input was wrong (one line says how); 3 the loss stayed
+non-finite; 4 a checkpoint could not be written; 75 stopped by SIGTERM or
+SIGINT after writing a checkpoint, run the same command again to go on.
+"""
+
+import difflib
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+  from deepseek_jax.train.config import Experiment
+
+OK, BAD_INPUT, NON_FINITE, NOT_WRITTEN, STOPPED = 0, 2, 3, 4, 75
+
+_EXIT_CODES = (
+  "exit codes: 0 done · 2 wrong input · 3 loss stayed non-finite · "
+  "4 checkpoint not written · 75 stopped by a signal, run again to go on"
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """Runs one command; returns its exit code.
+
+  Args:
+    args: Words of the command line; those of the process when None.
+  """
+  args = list(sys.argv[1:] if args is None else args)
+  commands = {"train": train, "evaluate": evaluate, "report": report}
+  _check_command(args, commands)
+  try:
+    # `train FILE` has the flags of FILE's experiment, which tyro cannot know
+    # before the file is read.
+    if args[:1] == ["train"] and len(args) > 1 and args[1][:1] != "-":
+      return train(pathlib.Path(args[1]), args[2:])
+    return tyro.extras.subcommand_cli_from_dict(
+      commands,
+      prog="deepseek-jax",
+      description=f"Train, evaluate and look at models.\n\n{_EXIT_CODES}",
+      args=args or ["--help"],
+    )
+  except (ValueError, FileNotFoundError) as error:
+    return _fail(error, BAD_INPUT)
+  except OSError as error:
+    from deepseek_jax.train.checkpoint import CheckpointError
+
+    if isinstance(error, CheckpointError):
+      return _fail(error, NOT_WRITTEN)
+    raise
+
+
+def train(
+  file: tyro.conf.Positional[pathlib.Path],
+  overrides: tyro.conf.Suppress[Sequence[str]] = (),
+) -> int:
+  """Train the experiment in FILE.py, or go on with it.
+
+  Every field of the experiment is a flag: `deepseek-jax train FILE.py --help`
+  lists them with their defaults, `--train.epochs 5` sets one.
+
+  Args:
+    file: A Python file that defines `experiment`.
+    overrides: Flags for the experiment's fields.
+  """
+  experiment = _load_experiment(file)
+  experiment = tyro.cli(
+    type(experiment),
+    default=experiment,
+    args=overrides,
+    prog=f"deepseek-jax train {file}",
+    description=f"{type(experiment).__doc__}\n\n{_EXIT_CODES}",
+  )
+  result = experiment.run()
+  if not result.complete:
+    print(f"stopped by {result.ended_by} at step {result.steps}; the same "
+          f"command goes on from there", file=sys.stderr)
+    return STOPPED
+  _print_metrics(result.metrics)
+  from deepseek_jax.train.report import write_report
+
+  print(f"report: {write_report(result.workdir)}")
+  if result.ended_by == "non-finite":
+    print(f"the loss stayed non-finite from step {result.steps} on; the best "
+          f"weights, of step {result.best_step}, were kept", file=sys.stderr)
+    return NON_FINITE
+  return OK
+
+
+def evaluate(
+  run: tyro.conf.Positional[pathlib.Path],
+  split: Literal["train", "validation", "test"] = "test",
+  file: pathlib.Path | None = None,
+) -> int:
+  """Evaluate the best weights of RUN, and print its metrics as JSON.
+
+  Args:
+    run: A run directory that `train` wrote.
+    split: Which split to evaluate on.
+    file: The experiment's file, when it defines classes of its own.
+  """
+  from deepseek_jax.train import config
+
+  kind = config.Experiment if file is None else type(_load_experiment(file))
+  print(json.dumps(config.evaluate(run, split=split, kind=kind), indent=2))
+  return OK
+
+
+def report(run: tyro.conf.Positional[pathlib.Path]) -> int:
+  """Write RUN/report.html: curves, mistakes, parameters, configuration.
+
+  Args:
+    run: A run directory that `train` wrote.
+  """
+  from deepseek_jax.train.report import write_report
+
+  print(write_report(run))
+  return OK
+
+
+def _load_experiment(file: pathlib.Path) -> "Experiment":
+  """Executes a file the user named and returns its `experiment`."""
+  if not file.is_file():
+    raise FileNotFoundError(f"no experiment file {str(file)!r}.")
+  spec = importlib.util.spec_from_file_location("_experiment", file)
+  if spec is None or spec.loader is None:
+    raise ValueError(f"file must be a Python file, got {str(file)!r}.")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[module.__name__] = module  # Type hints of its classes are looked up.
+  spec.loader.exec_module(module)
+  from deepseek_jax.train.config import Experiment
+
+  experiment = getattr(module, "experiment", None)
+  if not isinstance(experiment, Experiment):
+    raise ValueError(
+      f"{file} must define `experiment`, an instance of "
+      f"deepseek_jax.train.config.Experiment, got {type(experiment).__name__}."
+    )
+  return experiment
+
+
+def _check_command(args: Sequence[str], commands: dict) -> None:
+  """Ends the process when the first word is no command; names the nearest."""
+  if not args or args[0].startswith("-") or args[0] in commands:
+    return
+  near = difflib.get_close_matches(args[0], commands, n=1)
+  hint = f" Did you mean {near[0]!r}?" if near else ""
+  print(
+    f"deepseek-jax: unknown command {args[0]!r}, known are "
+    f"{', '.join(commands)}.{hint}",
+    file=sys.stderr,
+  )
+  raise SystemExit(BAD_INPUT)
+
+
+def _print_metrics(metrics: dict[str, float]) -> None:
+  for name, value in metrics.items():
+    print(f"{name:22} {value:.4f}")
+
+
+def _fail(error: Exception, code: int) -> int:
+  print(f"deepseek-jax: {error}", file=sys.stderr)
+  return code
+
+
+if __name__ == "__main__":
+  raise SystemExit(main())

@@ -1,0 +1,275 @@
+"""Checkpoints: one atomic Orbax step directory holds everything a run needs."""
+
+import contextlib
+import errno
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from deepseek_jax.core import tree
+from deepseek_jax.train.state import TrainState
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CheckpointError(OSError):
+  """A checkpoint could not be written; earlier ones are untouched."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, newest last.
+
+  A step directory holds four items: `model` (parameters and other model state,
+  all that evaluation needs), `training` (counters, optimizer and metric state),
+  `data` (the Grain iterator) and `progress` (plain JSON). Arrays are stored
+  under their path, `params/stages/0/kernel`, so that a mismatch can be told by
+  path. Orbax commits a step by renaming its directory: a process killed in the
+  middle of a save leaves the previous step as the latest.
+
+  Args:
+    directory: Where to write; made when missing.
+    keep: How many of the newest steps to keep, at least 1; the step last marked
+      as best stays besides.
+  """
+
+  def __init__(self, directory: pathlib.Path, *, keep: int = 2):
+    if keep < 1:
+      raise ValueError(f"keep must be at least 1 checkpoint, got {keep=}.")
+    self.directory = directory
+    self._policy = _LatestAndBest(keep)
+    self._manager = ocp.CheckpointManager(
+      directory.absolute(),
+      item_handlers={
+        "model": ocp.StandardCheckpointHandler(),
+        "training": ocp.StandardCheckpointHandler(),
+        "data": grain.checkpoint.CheckpointHandler(),
+        "progress": ocp.JsonCheckpointHandler(),
+      },
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self._policy,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+      ),
+    )
+
+  def latest(self) -> int | None:
+    """Returns the newest committed step, or None."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    state: TrainState,
+    iterator: grain.DatasetIterator,
+    progress: Mapping[str, Any],
+    *,
+    step: int,
+    best_step: int | None,
+  ) -> None:
+    """Starts writing a step; returns as soon as its arrays are copied.
+
+    Does nothing when the step is already there: a run is a pure function of
+    its seed, so a second visit would write the same bytes.
+
+    Args:
+      state: Everything a step changes.
+      iterator: Where the data stands.
+      progress: Anything else, as JSON.
+      step: The step's number.
+      best_step: Step to keep however old it gets, or None.
+
+    Raises:
+      CheckpointError: If this or an earlier save could not be written.
+    """
+    self._policy.best_step = best_step
+    if step in self._manager.all_steps():
+      return
+    model, training = _items(state)
+    with self._explained(step):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          model=ocp.args.StandardSave(model),
+          training=ocp.args.StandardSave(training),
+          data=grain.checkpoint.CheckpointSave(iterator),
+          progress=ocp.args.JsonSave(dict(progress)),
+        ),
+      )
+
+  def wait(self) -> None:
+    """Blocks until everything is on disk.
+
+    Raises:
+      CheckpointError: If a save could not be written.
+    """
+    with self._explained(None):
+      self._manager.wait_until_finished()
+
+  def restore(
+    self, step: int, like: TrainState, iterator: grain.DatasetIterator
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state and the progress saved at a step; moves the iterator.
+
+    Args:
+      step: A committed step.
+      like: State of the same structure; its shardings decide where arrays go.
+      iterator: Is set to where the data stood.
+
+    Raises:
+      ValueError: If the checkpoint is of another model or optimizer; lists the
+        missing, extra and mis-shaped leaves by path.
+    """
+    model, training = _items(like)
+    self._check(step, "model", model)
+    self._check(step, "training", training)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        model=ocp.args.StandardRestore(_abstract(model)),
+        training=ocp.args.StandardRestore(_abstract(training)),
+        data=grain.checkpoint.CheckpointRestore(iterator),
+        progress=ocp.args.JsonRestore(),
+      ),
+    )
+    flat = {**restored["model"], **restored["training"]}
+    leaves = [flat[path] for path in tree.leaf_paths(like)]
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return state, restored["progress"]
+
+  def restore_model(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
+    """Returns the parameters and other model state saved at a step.
+
+    Args:
+      step: A committed step.
+      params: Parameters of the same structure.
+      rest: Other model state of the same structure.
+
+    Raises:
+      ValueError: If the checkpoint is of another model; lists the leaves.
+    """
+    like = {"params": params, "rest": rest}
+    model = dict(
+      zip(tree.leaf_paths(like), jax.tree.leaves(like), strict=True)
+    )
+    self._check(step, "model", model)
+    flat = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        model=ocp.args.StandardRestore(_abstract(model))
+      ),
+    )["model"]
+    both = jax.tree.unflatten(
+      jax.tree.structure(like), [flat[path] for path in model]
+    )
+    return both["params"], both["rest"]
+
+  def close(self) -> None:
+    """Waits for pending saves and lets go of the directory."""
+    with self._explained(None):
+      self._manager.close()
+
+  def _check(self, step: int, item: str, wanted: Mapping[str, Any]) -> None:
+    """Raises when a saved item has other leaves than wanted."""
+    saved = {
+      path: f"{leaf.dtype}{list(leaf.shape)}"
+      for path, leaf in self._manager.item_metadata(step)[item].tree.items()
+    }
+    ours = {path: _stored_type(leaf) for path, leaf in wanted.items()}
+    problems = [
+      *(f"missing {path} {ours[path]}" for path in ours.keys() - saved.keys()),
+      *(f"extra {path} {saved[path]}" for path in saved.keys() - ours.keys()),
+      *(
+        f"{path} is {saved[path]}, wanted {ours[path]}"
+        for path in ours.keys() & saved.keys()
+        if ours[path] != saved[path]
+      ),
+    ]
+    if problems:
+      lines = "".join(f"\n  {problem}" for problem in sorted(problems))
+      raise ValueError(
+        f"checkpoint {step} in {self.directory} does not fit the {item} you "
+        f"gave:{lines}\nUse the same model and optimizer, or another workdir."
+      )
+
+  @contextlib.contextmanager
+  def _explained(self, step: int | None):
+    """Turns a failed write into one clear error."""
+    try:
+      yield
+    except Exception as error:
+      reason = _full_disk(error)
+      if reason is None:
+        raise
+      what = "a checkpoint" if step is None else f"checkpoint {step}"
+      raise CheckpointError(
+        reason.errno,
+        f"{what} could not be written ({reason.strerror}); the latest intact "
+        f"step is {self.latest()}. Free space and run again to go on from it",
+        str(self.directory),
+      ) from error
+
+
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+  """Keeps the newest steps and the best one."""
+
+  def __init__(self, keep: int):
+    self.keep = keep
+    self.best_step: int | None = None
+
+  def should_preserve(
+    self,
+    checkpoints: Sequence[Any],
+    *,
+    context: checkpoint_managers.PreservationContext,
+  ) -> Sequence[bool]:
+    """Returns which of the checkpoints, oldest first, stay."""
+    newest = len(checkpoints) - self.keep
+    return [
+      i >= newest or info.step == self.best_step
+      for i, info in enumerate(checkpoints)
+    ]
+
+
+def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns (model, training) as flat dicts from path to array."""
+  flat = dict(
+    zip(tree.leaf_paths(state), jax.tree.leaves(state), strict=True)
+  )
+  model = {
+    path: leaf
+    for path, leaf in flat.items()
+    if path.startswith(("params/", "rest/"))
+  }
+  return model, {path: flat[path] for path in flat.keys() - model.keys()}
+
+
+def _abstract(flat: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    for path, leaf in flat.items()
+  }
+
+
+def _stored_type(leaf: jax.Array) -> str:
+  """Returns type and shape as Orbax stores them: keys as their data."""
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.eval_shape(jax.random.key_data, leaf)
+  return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+  """Returns the full-disk error behind an exception, if there is one."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return error
+    for code in _FULL:
+      name = errno.errorcode[code]
+      words = {"ENOSPC": "No space left", "EFBIG": "File too large"}.get(name)
+      if words and words in str(error):
+        return OSError(code, words)
+    error = error.__cause__ or error.__context__
+  return None

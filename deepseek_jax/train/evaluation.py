@@ -1,0 +1,134 @@
+"""Metrics and predictions of given weights on a split."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from deepseek_jax import data as data_lib
+from deepseek_jax.train import metrics as metrics_lib
+from deepseek_jax.train.placement import Placement
+from deepseek_jax.train.step import StepSpec, jit_once, make_eval_step
+
+
+class Evaluator:
+  """Runs one jitted evaluation step over any split of a data set.
+
+  Every batch has the same shape, the last one padded and masked, so the step is
+  traced once whatever the split.
+
+  Args:
+    structure: The model's graph definition, in evaluation mode.
+    spec: Loss and names.
+    batch_size: Rows a batch; splits smaller than that use all of theirs.
+    placement: Where things live.
+  """
+
+  def __init__(
+    self,
+    structure: nnx.GraphDef,
+    spec: StepSpec,
+    *,
+    batch_size: int,
+    placement: Placement,
+  ):
+    self._spec = spec
+    self._batch_size = batch_size
+    self._placement = placement
+    self._step = jit_once(
+      make_eval_step(structure, spec),
+      "evaluation step",
+      donate_argnums=2,
+      out_shardings=(placement.replicated, placement.rows),
+    )
+
+  def metrics(
+    self, params: Any, rest: Any, split: data_lib.Split
+  ) -> dict[str, float]:
+    """Returns the metrics over a whole split, as `split/metric` -> float."""
+    total = self._empty()
+    for batch in self._batches(split):
+      total, _ = self._step(params, rest, total, batch)
+    values = jax.device_get(metrics_lib.compute(total))
+    return metrics_lib.named(split.name, values)
+
+  def predict(
+    self, params: Any, rest: Any, split: data_lib.Split
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (outputs, targets) of every example, in the split's order."""
+    outputs, targets = [], []
+    for batch in self._batches(split):
+      _, found = self._step(params, rest, self._empty(), batch)
+      real = np.asarray(batch["mask"]) > 0
+      outputs.append(np.asarray(found)[real])
+      targets.append(np.asarray(batch[self._spec.target])[real])
+    return np.concatenate(outputs), np.concatenate(targets)
+
+  def _empty(self) -> metrics_lib.Metrics:
+    return jax.device_put(
+      metrics_lib.empty(self._spec.classification), self._placement.replicated
+    )
+
+  def _batches(self, split: data_lib.Split) -> Iterator[dict[str, Any]]:
+    return iter(
+      data_lib.batches(
+        split,
+        self._batch_size,
+        shuffle=False,
+        epochs=1,
+        transfer=self._placement.transfer,
+        prefetch=0,
+      )
+    )
+
+
+def predictions(
+  outputs: np.ndarray,
+  targets: np.ndarray,
+  split: data_lib.Split,
+  *,
+  classification: bool,
+  pictures: int = 24,
+) -> dict[str, np.ndarray]:
+  """Returns what predictions.npz holds: all answers, and the worst as pictures.
+
+  Args:
+    outputs: [N, K] logits, or [N, 1] numbers.
+    targets: [N] labels, or numbers.
+    split: Where the answers belong.
+    classification: Whether `outputs` are logits.
+    pictures: How many of the worst examples to keep.
+  """
+  if classification:
+    badness = _confidence_in_wrong(outputs, targets)
+  else:
+    error = outputs.reshape(len(outputs), -1) - targets.reshape(len(targets), -1)
+    badness = np.square(error).mean(axis=1)
+  worst = np.argsort(-badness, kind="stable")[:pictures]
+  result = {
+    "labels": targets,
+    "logits": outputs,
+    "index": np.arange(len(targets)),
+    "worst": worst,
+  }
+  schema = split.schema
+  images = [n for n in schema.inputs if schema.features[n].kind == "image"]
+  if images:
+    feature = schema.features[images[0]]
+    result["worst_images"] = feature.to_batch(split.take(worst)[images[0]])
+  return result
+
+
+def _confidence_in_wrong(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Returns the probability of the best wrong class less that of the label."""
+  logits = logits - logits.max(axis=1, keepdims=True)
+  p = np.exp(logits)
+  p /= p.sum(axis=1, keepdims=True)
+  rows = np.arange(len(p))
+  right = p[rows, labels].copy()
+  p[rows, labels] = -1
+  return p.max(axis=1) - right
+
+

@@ -1,0 +1,215 @@
+"""The run directory: what a run writes beside its checkpoints, as plain data.
+
+    RUN/run.json         what was asked for; written once, before the first step
+    RUN/metrics.jsonl    one line a log point or evaluation
+    RUN/checkpoints/     see train/checkpoint.py
+    RUN/predictions.npz  the best weights' answers on the test split
+    RUN/result.json      how the run ended; `complete` is false when it was cut
+    RUN/report.html      see train/report.py
+
+Nothing here is code, and nothing read from here is executed.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+FORMAT = 1
+_PACKAGES = ("deepseek-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+class RunDirectory:
+  """A directory that belongs to one run.
+
+  Args:
+    path: Missing, empty, or an earlier start of the same run.
+    identity: What makes two runs the same: arguments, schema, parameters and
+      configuration, as plain JSON.
+
+  Raises:
+    ValueError: If the directory holds something else, or a run that was asked
+      for something else; says what differs. Nothing is written then.
+  """
+
+  def __init__(self, path: str | os.PathLike, identity: Mapping[str, Any]):
+    self.path = pathlib.Path(path)
+    identity = json.loads(json.dumps(identity))
+    if self.path.exists() and not self.path.is_dir():
+      raise ValueError(f"workdir must be a directory, got the file {self.path}.")
+    try:
+      names = os.listdir(self.path) if self.path.exists() else []
+    except OSError as error:
+      raise ValueError(
+        f"workdir must be readable, got {self.path}: {error.strerror}."
+      ) from error
+    if "run.json" in names:
+      _check_same(self.path, identity)
+    elif set(names) - {"run.json.partial"}:
+      raise ValueError(
+        f"workdir must be missing, empty or a run of this library, got "
+        f"{self.path}, which holds {sorted(names)[0]!r} and no run.json."
+      )
+    else:
+      self.path.mkdir(parents=True, exist_ok=True)
+      record = {"format": FORMAT, **identity, "environment": environment()}
+      write_json(self.path / "run.json", record)
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    """Where checkpoints go."""
+    return self.path / "checkpoints"
+
+  def result(self) -> dict[str, Any] | None:
+    """Returns what an earlier start wrote at its end, or None."""
+    path = self.path / "result.json"
+    return read_json(path) if path.exists() else None
+
+  def write_result(self, result: Mapping[str, Any]) -> None:
+    """Writes result.json, whole or not at all."""
+    write_json(self.path / "result.json", result)
+
+  def append(self, record: Mapping[str, Any]) -> None:
+    """Adds a line to metrics.jsonl."""
+    with (self.path / "metrics.jsonl").open("a") as file:
+      file.write(_dumps(record) + "\n")
+
+  def history(self, up_to: int | None = None) -> list[dict[str, Any]]:
+    """Returns the records of metrics.jsonl.
+
+    Args:
+      up_to: Drops records of later steps from the file too: a run that goes on
+        from a checkpoint writes them again.
+    """
+    path = self.path / "metrics.jsonl"
+    if not path.exists():
+      return []
+    records = []
+    for line in path.read_text().splitlines():
+      try:
+        records.append(json.loads(line))
+      except json.JSONDecodeError:
+        break  # The line at which the process was killed.
+    if up_to is not None:
+      records = [r for r in records if r["step"] <= up_to]
+      text = "".join(_dumps(record) + "\n" for record in records)
+      _replace(path, text)
+    return records
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON to a file that is either the old or the new one, never half."""
+  _replace(path, _dumps(value, indent=2) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Reads JSON.
+
+  Raises:
+    ValueError: If the file is missing, unreadable or not JSON; names it.
+  """
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions that decide a run's numbers."""
+  found = {"python": platform.python_version()}
+  for package in _PACKAGES:
+    found[package] = importlib.metadata.version(package)
+  return found
+
+
+def environment() -> dict[str, Any]:
+  """Returns where a run runs, without names of hosts or users."""
+  return {
+    "platform": platform.platform(),
+    "cpu_count": os.cpu_count(),
+    "devices": [device.device_kind for device in jax.devices()],
+    "processes": jax.process_count(),
+  }
+
+
+def peak_memory_bytes() -> int:
+  """Returns the peak of the process' memory, or of the device's if it tells."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    return int(stats["peak_bytes_in_use"])
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check_same(path: pathlib.Path, identity: Mapping[str, Any]) -> None:
+  """Raises when the run in `path` was asked for something else."""
+  found = read_json(path / "run.json")
+  if not isinstance(found, dict) or found.get("format") != FORMAT:
+    raise ValueError(
+      f"{path / 'run.json'} must have format {FORMAT}, got "
+      f"{found.get('format') if isinstance(found, dict) else type(found)}: it "
+      "is not a run of this version."
+    )
+  lines = _differences(_by_path(found), _by_path(identity), "")
+  if lines:
+    shown = "".join(f"\n  {line}" for line in lines[:20])
+    more = f"\n  and {len(lines) - 20} more" if len(lines) > 20 else ""
+    raise ValueError(
+      f"workdir {path} holds another run:{shown}{more}\nGive another workdir, "
+      "or the same settings to go on with it."
+    )
+
+
+def _by_path(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what makes a run the same, parameters keyed by their path."""
+  parameters = {
+    p["path"]: f"{p['dtype']}{p['shape']}" for p in record["parameters"]
+  }
+  ignored = ("format", "environment", "parameters")
+  rest = {key: record[key] for key in record.keys() - set(ignored)}
+  return {**rest, "parameters": parameters}
+
+
+def _differences(old: Any, new: Any, name: str) -> list[str]:
+  """Lists what differs between two JSON values, by dotted name."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    return [
+      line
+      for key in sorted(old.keys() | new.keys())
+      for line in _differences(
+        old.get(key), new.get(key), f"{name}.{key}".lstrip(".")
+      )
+    ]
+  return [] if old == new else [f"{name} was {old!r}, now {new!r}"]
+
+
+def _dumps(value: Any, indent: int | None = None) -> str:
+  return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+  """Returns JSON's types, with null for numbers that JSON does not have."""
+  if isinstance(value, Mapping):
+    return {str(key): _finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+  partial = path.with_name(path.name + ".partial")
+  with partial.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  partial.replace(path)

@@ -1,0 +1,282 @@
+"""One start of a run: the jitted steps, the state, and the way to a result."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from deepseek_jax import data as data_lib
+from deepseek_jax import optim
+from deepseek_jax.core import tree
+from deepseek_jax.data.dataset import ArrayReader
+from deepseek_jax.train import metrics as metrics_lib
+from deepseek_jax.train import run_directory
+from deepseek_jax.train import state as state_lib
+from deepseek_jax.train.checkpoint import Checkpoints
+from deepseek_jax.train.early_stopping import EarlyStopping
+from deepseek_jax.train.evaluation import Evaluator, predictions
+from deepseek_jax.train.loop import Loop, Schedule
+from deepseek_jax.train.monitor import Monitor
+from deepseek_jax.train.placement import Placement
+from deepseek_jax.train.result import Result
+from deepseek_jax.train.run_directory import RunDirectory
+from deepseek_jax.train.step import (
+  StepSpec,
+  jit_once,
+  make_eval_step,
+  make_train_step,
+)
+
+_EVALUATION_BATCH = 512
+
+
+class Session:
+  """Binds a model, a transform and data to compiled steps on a mesh.
+
+  Making one writes nothing and checks that the model fits the data.
+
+  Args:
+    model: The model to train; gets the final weights.
+    tx: The transform.
+    data: Splits and schema.
+    spec: What a step does.
+    placement: Where things live.
+    batch_size: Rows a step.
+
+  Raises:
+    ValueError: If the model does not fit the data.
+  """
+
+  def __init__(
+    self,
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    data: data_lib.Dataset,
+    spec: StepSpec,
+    placement: Placement,
+    batch_size: int,
+  ):
+    training, evaluation = state_lib.structures(model)
+    self._model = model
+    self._data = data
+    self._spec = spec
+    self._placement = placement
+    self._batch_size = batch_size
+    self.state = jax.device_put(
+      state_lib.create(model, tx, classification=spec.classification),
+      placement.replicated,
+    )
+    self._check_model(evaluation)
+    self.train_step = jit_once(
+      make_train_step(training, tx, spec),
+      "training step",
+      donate_argnums=0,
+      out_shardings=placement.replicated,
+    )
+    self.evaluator = Evaluator(
+      evaluation,
+      spec,
+      batch_size=_evaluation_batch(data, placement),
+      placement=placement,
+    )
+
+  def stream(self, seed: int, prefetch: int | None) -> grain.DatasetIterator:
+    """Returns the endless stream of training batches.
+
+    Args:
+      seed: Seed of the order of examples.
+      prefetch: Batches prepared ahead by a thread; None chooses.
+    """
+    transfer = self._placement.transfer
+    if prefetch is None:
+      in_memory = isinstance(self._data.train.reader, ArrayReader)
+      prefetch = 0 if in_memory and transfer is None else 2
+    return iter(
+      data_lib.batches(
+        self._data.train,
+        self._batch_size,
+        seed=seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        transfer=transfer,
+        prefetch=prefetch,
+      )
+    )
+
+  def parameters(self) -> list[dict[str, Any]]:
+    """Returns path, shape and type of every parameter, as plain JSON."""
+    leaves = jax.tree.leaves(self.state.params)
+    return [
+      {"path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+      for path, leaf in zip(
+        tree.leaf_paths(self.state.params), leaves, strict=True
+      )
+    ]
+
+  def train(
+    self,
+    schedule: Schedule,
+    stopping: EarlyStopping,
+    stream: grain.DatasetIterator,
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    *,
+    progress: bool,
+    tensorboard: bool,
+  ) -> Result:
+    """Trains from the latest checkpoint, if there is one, to a result."""
+    seconds = self._resume(stopping, stream, run, checkpoints)
+    monitor = Monitor(
+      run.path,
+      total=schedule.total,
+      done=int(self.state.step),
+      progress=progress,
+      tensorboard=tensorboard,
+    )
+    with contextlib.closing(monitor):
+      if seconds:
+        monitor.say(f"going on from step {int(self.state.step)} in {run.path}")
+      loop = Loop(
+        schedule,
+        state=self.state,
+        train_step=self.train_step,
+        stream=stream,
+        evaluate=self._validate,
+        learning_rates=self._learning_rates(),
+        stopping=stopping,
+        run=run,
+        checkpoints=checkpoints,
+        monitor=monitor,
+        seconds=seconds,
+      )
+      ended_by = loop.run()
+    self.state = loop.state
+    complete = ended_by not in ("SIGTERM", "SIGINT")
+    metrics = self._final(stopping, run, checkpoints, complete=complete)
+    result = Result(
+      metrics=metrics,
+      best_step=stopping.best_step,
+      steps=int(self.state.step),
+      ended_by=ended_by,
+      complete=complete,
+      wall_seconds=loop.seconds,
+      peak_memory_bytes=run_directory.peak_memory_bytes(),
+      workdir=run.path,
+      history=run.history(),
+      model=self._model,
+    )
+    run.write_result(result.to_json() | {"versions": run_directory.versions()})
+    return result
+
+  def finished(
+    self,
+    earlier: dict[str, Any],
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+  ) -> Result:
+    """Returns the result of a run that an earlier call brought to its end."""
+    self._load_best(earlier["best_step"], earlier["steps"], checkpoints)
+    fields = {k: v for k, v in earlier.items() if k != "versions"}
+    return Result(
+      **fields, workdir=run.path, history=run.history(), model=self._model
+    )
+
+  def _resume(
+    self,
+    stopping: EarlyStopping,
+    stream: grain.DatasetIterator,
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+  ) -> float:
+    """Moves everything to the latest checkpoint; returns the seconds spent."""
+    step = checkpoints.latest()
+    run.history(up_to=step or 0)
+    if step is None:
+      return 0.0
+    self.state, progress = checkpoints.restore(step, self.state, stream)
+    stopping.load(progress["stopping"])
+    return progress["seconds"]
+
+  def _final(
+    self,
+    stopping: EarlyStopping,
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    *,
+    complete: bool,
+  ) -> dict[str, float]:
+    """Gives the model its best weights; returns what they reach."""
+    best = stopping.best_step
+    params, rest = self._load_best(best, int(self.state.step), checkpoints)
+    if not complete:  # Whoever sent the signal may not wait for long.
+      return {} if best is None else {stopping.monitor: stopping.best}
+    data, spec = self._data, self._spec
+    outputs, targets = self.evaluator.predict(params, rest, data.test)
+    found = predictions(
+      outputs, targets, data.test, classification=spec.classification
+    )
+    partial = run.path / "predictions.partial.npz"
+    np.savez(partial, **found)
+    os.replace(partial, run.path / "predictions.npz")
+    return {
+      **self.evaluator.metrics(params, rest, data.validation),
+      **self.evaluator.metrics(params, rest, data.test),
+    }
+
+  def _load_best(
+    self, best: int | None, last: int, checkpoints: Checkpoints
+  ) -> tuple[Any, Any]:
+    """Puts the best weights, or else the last, into the model."""
+    step = last if best is None else best
+    params, rest = checkpoints.restore_model(
+      step, self.state.params, self.state.rest
+    )
+    nnx.update(self._model, params, rest)
+    return params, rest
+
+  def _validate(self, params: Any, rest: Any) -> dict[str, float]:
+    return self.evaluator.metrics(params, rest, self._data.validation)
+
+  def _learning_rates(self) -> Callable[[Any, Any], dict[str, Any]] | None:
+    """Returns the jitted read-back of learning rates, None if all are hidden."""
+    read = functools.partial(optim.learning_rates, strict=False)
+    found = jax.eval_shape(read, self.state.opt_state, self.state.params)
+    return jax.jit(read) if found else None
+
+  def _check_model(self, structure: nnx.GraphDef) -> None:
+    """Raises when the model cannot take the data's batches."""
+    batch = data_lib.batches(
+      self._data.train, self._batch_size, shuffle=False, epochs=1, prefetch=0
+    )
+    _, outputs = jax.eval_shape(
+      make_eval_step(structure, self._spec),
+      self.state.params,
+      self.state.rest,
+      metrics_lib.empty(self._spec.classification),
+      next(iter(batch)),
+    )
+    classes = self._data.schema.num_classes
+    if classes is not None and outputs.shape[1:] != (classes,):
+      raise ValueError(
+        f"model must return logits [batch, {classes}] for the classes of "
+        f"{self._data.name!r}, got an output of shape {list(outputs.shape)}."
+      )
+
+
+def _evaluation_batch(data: data_lib.Dataset, placement: Placement) -> int:
+  """Returns a batch size that fits every split, and the devices."""
+  rows = min(_EVALUATION_BATCH, len(data.validation), len(data.test))
+  shared = rows - rows % placement.mesh.size
+  if not shared:
+    raise ValueError(
+      f"validation and test splits must hold at least {placement.mesh.size} "
+      f"examples, one a device, got {rows}."
+    )
+  return shared

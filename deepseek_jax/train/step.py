@@ -1,0 +1,226 @@
+"""The hot step: one jitted function from (state, batch) to state."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from deepseek_jax.core import numerics, tree
+from deepseek_jax.train import losses as losses_lib
+from deepseek_jax.train import metrics as metrics_lib
+from deepseek_jax.train.state import TrainState, pure
+
+Batch = Mapping[str, Array]
+
+
+class RecompileWarning(UserWarning):
+  """A step was traced a second time: some input changed its shape or type."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepSpec:
+  """What a step does, apart from the model and the optimizer.
+
+  Attributes:
+    loss: Loss per example.
+    inputs: Names in the batch that go to the model, in order.
+    target: Name in the batch that goes to the loss.
+    classification: Whether to count accuracy (else the error).
+    accumulate: Micro-batches a batch is cut into; at least 1.
+    l1: Strength of the L1 penalty.
+    l2: Strength of the L2 penalty.
+    max_skipped: Non-finite steps in a row after which steps do nothing.
+  """
+
+  loss: losses_lib.Loss
+  inputs: tuple[str, ...]
+  target: str
+  classification: bool
+  accumulate: int = 1
+  l1: float = 0.0
+  l2: float = 0.0
+  max_skipped: int = 10
+
+
+def make_train_step(
+  structure: nnx.GraphDef,
+  tx: optax.GradientTransformation,
+  spec: StepSpec,
+) -> Callable[[TrainState, Batch], TrainState]:
+  """Returns the training step, not yet jitted.
+
+  The loss is the exact weighted mean over the whole batch, whatever the number
+  of micro-batches and however the rows are padded. A step whose loss or
+  gradient is not finite changes nothing but its counters; after
+  `spec.max_skipped` of them in a row every further step does nothing at all,
+  so the state stays the one to look at.
+
+  Args:
+    structure: The model's graph definition, in training mode.
+    tx: Any Optax transform; it gets the loss as `value`.
+    spec: Loss, names, accumulation and penalties.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def train_step(state: TrainState, batch: Batch) -> TrainState:
+    value, grads, rest, metrics = _gradient(structure, spec, state, batch)
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.params, value=value
+    )
+    new = state._replace(
+      params=optax.apply_updates(state.params, updates),
+      rest=rest,
+      opt_state=opt_state,
+      metrics=metrics_lib.merge(state.metrics, metrics),
+      skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
+    )
+    halted = state.skipped_in_a_row >= spec.max_skipped
+    finite = jnp.isfinite(value) & numerics.all_finite(grads)
+    bad = (~finite & ~halted).astype(jnp.int32)
+    old = state._replace(
+      skipped=state.skipped + bad,
+      skipped_in_a_row=state.skipped_in_a_row + bad,
+    )
+    state = numerics.select_tree(finite & ~halted, new, old)
+    return state._replace(step=state.step + (~halted).astype(jnp.int32))
+
+  return train_step
+
+
+def _gradient(
+  structure: nnx.GraphDef, spec: StepSpec, state: TrainState, batch: Batch
+):
+  """Returns (loss, gradient, other model state, metrics) of one batch."""
+  weights = batch["mask"] * spec.loss.weights(batch[spec.target])
+  scale = numerics.safe_ratio(1.0, jnp.sum(weights), default=0.0)
+
+  def objective(params, rest, micro, weights):
+    model = nnx.merge(structure, params, rest)
+    outputs = model(*[micro[name] for name in spec.inputs])
+    losses = spec.loss(outputs, micro[spec.target])
+    value = scale * jnp.sum(weights * losses)
+    if spec.l1 or spec.l2:
+      value += (
+        losses_lib.penalty(params, spec.l1, spec.l2) / spec.accumulate
+      )
+    metrics = metrics_lib.measure(
+      losses,
+      outputs,
+      micro[spec.target],
+      weights=weights,
+      mask=micro["mask"],
+      classification=spec.classification,
+    )
+    rest = pure(nnx.split(model, nnx.Param, ...)[2])
+    return value, (rest, metrics)
+
+  value_and_grad = jax.value_and_grad(objective, has_aux=True)
+  if spec.accumulate == 1:
+    (value, (rest, metrics)), grads = value_and_grad(
+      state.params, state.rest, batch, weights
+    )
+    return value, grads, rest, metrics
+
+  def body(carry, micro):
+    value, grads, rest, metrics = carry
+    (v, (rest, m)), g = value_and_grad(state.params, rest, *micro)
+    grads = jax.tree.map(jnp.add, grads, g)
+    return (value + v, grads, rest, metrics_lib.merge(metrics, m)), None
+
+  zero = (
+    jnp.zeros((), jnp.float32),
+    jax.tree.map(jnp.zeros_like, state.params),
+    state.rest,
+    metrics_lib.empty(spec.classification),
+  )
+  micros = jax.tree.map(
+    lambda x: _interleave(x, spec.accumulate), (dict(batch), weights)
+  )
+  return jax.lax.scan(body, zero, micros)[0]
+
+
+def _interleave(x: Array, parts: int) -> Array:
+  """Cuts [B, ...] into [parts, B / parts, ...], micro-batch i from row i on.
+
+  Striding rather than slicing: a batch sharded over its rows then gives every
+  device its share of every micro-batch, without communication.
+  """
+  return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def make_eval_step(structure: nnx.GraphDef, spec: StepSpec) -> Callable:
+  """Returns `(params, rest, metrics, batch) -> (metrics, outputs)`.
+
+  Args:
+    structure: The model's graph definition, in evaluation mode.
+    spec: Loss and names; penalties do not count in evaluation.
+  """
+
+  def eval_step(params, rest, metrics, batch):
+    model = nnx.merge(structure, params, rest)
+    outputs = model(*[batch[name] for name in spec.inputs])
+    targets = batch[spec.target]
+    seen = metrics_lib.measure(
+      spec.loss(outputs, targets),
+      outputs,
+      targets,
+      weights=batch["mask"] * spec.loss.weights(targets),
+      mask=batch["mask"],
+      classification=spec.classification,
+    )
+    return metrics_lib.merge(metrics, seen), outputs.astype(jnp.float32)
+
+  return eval_step
+
+
+def jit_once(function: Callable, name: str, **options: Any) -> Callable:
+  """`jax.jit` that warns, with the shapes at fault, when it traces again.
+
+  Costs nothing per call: the check runs only while tracing.
+
+  Args:
+    function: What to compile.
+    name: What to call it in the warning.
+    **options: Passed to `jax.jit`.
+
+  Returns:
+    The jitted function; its attribute `traces` lists the argument types of
+    every trace.
+  """
+  traces: list[dict[str, str]] = []
+
+  def traced(*args):
+    types = {
+      path: str(jax.typeof(leaf))
+      for path, leaf in zip(
+        tree.leaf_paths(args), jax.tree.leaves(args), strict=True
+      )
+    }
+    if traces:
+      warnings.warn(
+        f"{name} was compiled again because its inputs changed: "
+        + _difference(traces[-1], types),
+        RecompileWarning,
+        stacklevel=2,
+      )
+    traces.append(types)
+    return function(*args)
+
+  jitted = jax.jit(traced, **options)
+  jitted.traces = traces  # pyrefly: ignore
+  return jitted
+
+
+def _difference(old: dict[str, str], new: dict[str, str]) -> str:
+  changed = [
+    f"{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}"
+    for path in sorted(old.keys() | new.keys())
+    if old.get(path) != new.get(path)
+  ]
+  return "; ".join(changed) or "not its shapes (a static part changed)"
