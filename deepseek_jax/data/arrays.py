@@ -18,7 +18,7 @@ def from_arrays(
   target: str,
   num_classes: int | None = None,
   class_names: Sequence[str] | None = None,
-  ranges: Mapping[str, tuple[float, float]] | None = None,
+  ranges: Mapping[str, tuple[int | float, int | float]] | None = None,
   name: str = "arrays",
 ) -> Dataset:
   """Returns a data set of arrays, checked, without copying contiguous ones.
@@ -77,7 +77,9 @@ def from_arrays(
   return Dataset(name=name, schema=schema, **splits)
 
 
-def _feature(column: np.ndarray, limits: tuple[float, float] | None) -> Feature:
+def _feature(
+  column: np.ndarray, limits: tuple[int | float, int | float] | None
+) -> Feature:
   image = column.ndim == 4
   if limits is None and image and column.dtype == np.uint8:
     limits = (0, 255)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from deepseek_jax.data.schema import Schema
 Columns = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Reader(Protocol):
   """Something that reads the examples at any indices."""
 
@@ -27,12 +28,14 @@ class ArrayReader:
   """Columns in memory: the fastest reader, for data that fits."""
 
   def __init__(self, columns: Mapping[str, np.ndarray]):
+    """Holds `columns`, by feature name."""
     # One contiguous block a column, so that a gather runs at memory speed.
     self.columns = {
       name: np.ascontiguousarray(column) for name, column in columns.items()
     }
 
   def __len__(self) -> int:
+    """Returns how many examples there are."""
     return len(next(iter(self.columns.values())))
 
   def take(self, indices: np.ndarray) -> Columns:
@@ -64,6 +67,7 @@ class Split:
   reader: Reader
 
   def __len__(self) -> int:
+    """Returns how many examples there are."""
     return len(self.reader)
 
   def take(self, indices: np.ndarray) -> Columns:

@@ -141,6 +141,7 @@ class BatchSource:
     process_index: int = 0,
     process_count: int = 1,
   ):
+    """Checks the arguments and draws the first epoch's order."""
     num_examples = len(split)
     self.steps_per_epoch = steps_per_epoch(num_examples, batch_size)
     _check_stream(num_examples, batch_size, seed, epochs)
@@ -169,6 +170,7 @@ class BatchSource:
     self._cached = (-1, *self._order(0))
 
   def __len__(self) -> int:
+    """Returns the number of steps; `sys.maxsize` if there is no end."""
     return self._num_steps
 
   def __getitem__(self, step: int) -> Batch:

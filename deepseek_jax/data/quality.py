@@ -104,5 +104,5 @@ def _offence(
   example = row if indices is None else int(indices[row])
   return (
     f"{where} must {rule}, got {value} at example {example} "
-    f"({int(rows.sum())} of {len(rows)} examples)."
+    f"({int(rows.sum())} of {len(column)} examples)."
   )

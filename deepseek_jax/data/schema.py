@@ -5,7 +5,7 @@ import difflib
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class Feature:
   class_names: tuple[str, ...] | None = None
 
   def __post_init__(self):
+    """Refuses fields that do not agree."""
     _check_feature(self)
 
   @property
@@ -95,6 +96,7 @@ class Schema:
   target: str
 
   def __post_init__(self):
+    """Refuses names that do not agree."""
     for name in (*self.inputs, self.target):
       if name not in self.features:
         raise ValueError(unknown("feature", name, self.features))
@@ -140,8 +142,8 @@ class Schema:
     """Returns the schema as text; `from_json` reads it back equal."""
     return json.dumps(dataclasses.asdict(self), indent=2)
 
-  @classmethod
-  def from_json(cls, text: str) -> Self:
+  @staticmethod
+  def from_json(text: str) -> "Schema":
     """Reads what `to_json` wrote.
 
     Args:
@@ -159,7 +161,7 @@ class Schema:
         name: Feature(**_tuples(feature))
         for name, feature in fields.pop("features").items()
       }
-      return cls(features=features, **_tuples(fields))
+      return Schema(features=features, **_tuples(fields))
     except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(
         f"text must be a schema written by to_json, got {text[:80]!r}."

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -39,7 +39,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES = {"1.0.0": "First release."}
+  RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -65,7 +65,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     from sklearn import datasets  # A second to import: only when preparing.
 
     images, labels = datasets.load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
+    images = np.reshape(images, (-1, 8, 8, 1)).astype(np.uint8)
+    labels = np.asarray(labels)
     order = sorted(range(len(labels)), key=lambda i: (labels[i], _hash(i)))
     parts = {"train": [], "validation": [], "test": []}
     for place, example in enumerate(order):

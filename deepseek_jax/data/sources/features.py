@@ -67,7 +67,7 @@ def _feature(
   name: str,
   connector: tfds.features.FeatureConnector,
   entry: Any,
-  limits: Sequence[float] | None,
+  limits: Sequence[int | float] | None,
 ) -> Feature:
   if isinstance(connector, tfds.features.ClassLabel):
     return Feature(
@@ -78,7 +78,7 @@ def _feature(
     )
   entry = np.asarray(entry)
   dtype = entry.dtype
-  if dtype != bool and not np.issubdtype(dtype, np.number):
+  if dtype.kind not in "biuf":
     raise ValueError(
       f"a batch carries images, labels and numbers; {name!r} is a "
       f"{type(connector).__name__} of type {dtype}."

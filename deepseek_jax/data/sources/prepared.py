@@ -49,8 +49,8 @@ def damaged(path: Path, error: Exception) -> str:
   """Returns the message for a data set that cannot be read."""
   text = " ".join(f"{type(error).__name__}: {error}".split())
   return (
-    f"the data set in {path} is incomplete or damaged; delete that directory "
-    f"and load again. ({text[:300]})"
+    f"the data set in {path} cannot be read; if it is incomplete or damaged, "
+    f"delete that directory and load again. ({text[:300]})"
   )
 
 
@@ -134,7 +134,9 @@ def _construct(name: str, root: Path) -> tfds.core.DatasetBuilder:
     raise RuntimeError(_advice(name, root, reason)) from error
   except Exception as error:  # An unknown configuration, for one.
     text = " ".join(str(error).split())[:500]
-    raise ValueError(f"TFDS cannot make a builder for {name!r}: {text}")
+    raise ValueError(
+      f"TFDS cannot make a builder for {name!r}: {text}"
+    ) from error
 
 
 def _advice(

@@ -53,7 +53,7 @@ def read(
       split: Split(
         split,
         schema,
-        _reader(split, RecordReader(split, source, schema), memory_limit),
+        _reader(RecordReader(split, source, schema), schema, memory_limit),
       )
       for split, source in sources.items()
     },
@@ -78,8 +78,8 @@ def default_splits(available: Collection[str]) -> dict[str, str]:
 
   >>> default_splits(["train", "test"])["validation"]
   'train[90%:]'
-  >>> default_splits(["train"])
-  {'train': 'train[:80%]', 'validation': 'train[90%:]', 'test': 'train[80%:90%]'}
+  >>> default_splits(["train"])["test"]
+  'train[80%:90%]'
   """
   if "train" not in available:
     raise ValueError(
@@ -87,32 +87,31 @@ def default_splits(available: Collection[str]) -> dict[str, str]:
       f"{sorted(available)}."
     )
   names = {"train": "train", "validation": "validation", "test": "test"}
-  end = 100
-  for name in ("validation", "test"):
-    if name not in available:
-      names[name] = f"train[{end - 10}%:{end if end < 100 else ''}"
-      names[name] += "%]" if end < 100 else "]"
-      end -= 10
-  if end < 100:
-    names["train"] = f"train[:{end}%]"
+  missing = [name for name in ("validation", "test") if name not in available]
+  tails = ["train[90%:]", "train[80%:90%]"]
+  names.update(zip(missing, tails, strict=False))
+  if missing:
+    names["train"] = f"train[:{100 - 10 * len(missing)}%]"
   return names
 
 
 class RecordReader:
-  """Reads and decodes examples from the files whenever they are asked for.
+  """Reads and decodes examples from the files whenever they are asked for."""
 
-  Args:
-    split: The split's name, for messages.
-    source: A TFDS data source.
-    schema: Which features to keep, and what they should be.
-  """
+  def __init__(self, split: str, source: Any, schema: Schema):
+    """Reads the features of `schema` from a TFDS data source.
 
-  def __init__(self, split: str, source: Sequence[Any], schema: Schema):
+    Args:
+      split: The split's name, for messages.
+      source: What `as_data_source` returned.
+      schema: Which features to keep, and what they should be.
+    """
     self._split = split
     self._source = source
     self._schema = schema
 
   def __len__(self) -> int:
+    """Returns how many examples there are."""
     return len(self._source)
 
   def take(self, indices: np.ndarray) -> Columns:
@@ -150,7 +149,7 @@ class RecordReader:
 
 def _open(
   builder: tfds.core.DatasetBuilder, splits: Mapping[str, str] | None
-) -> dict[str, Sequence[Any]]:
+) -> dict[str, Any]:
   """Returns a data source for each split."""
   path, available = builder.data_path, builder.info.splits
   if not available:
@@ -158,11 +157,13 @@ def _open(
   names = splits or default_splits(available)
   sources = {}
   for split in ("train", "validation", "test"):
-    if split not in names:
+    try:
+      available[names[split]]
+    except Exception as error:  # TFDS raises several types.
       raise ValueError(
-        "splits must name 'train', 'validation' and 'test', got "
-        f"{sorted(names)}."
-      )
+        "splits must give 'train', 'validation' and 'test' a part of "
+        f"{sorted(available)} such as 'train[:80%]', got {names}."
+      ) from error
     try:
       source = builder.as_data_source(names[split])
     except NotImplementedError as error:
@@ -183,7 +184,7 @@ def _open(
 
 
 def _example(
-  sources: Mapping[str, Sequence[Any]], builder: tfds.core.DatasetBuilder
+  sources: Mapping[str, Any], builder: tfds.core.DatasetBuilder
 ) -> Mapping[str, Any]:
   try:
     return sources["train"][0]
@@ -192,19 +193,18 @@ def _example(
 
 
 def _reader(
-  split: str, records: RecordReader, memory_limit: int
+  records: RecordReader, schema: Schema, memory_limit: int
 ) -> RecordReader | ArrayReader:
   """Returns the columns in memory if they fit, or else the records."""
-  features = records._schema.features
   size = len(records) * sum(
     math.prod(feature.shape) * np.dtype(feature.dtype).itemsize
-    for feature in features.values()
+    for feature in schema.features.values()
   )
   if size > memory_limit:
     return records
   columns = {
     name: np.empty((len(records), *feature.shape), feature.dtype)
-    for name, feature in features.items()
+    for name, feature in schema.features.items()
   }
   for start in range(0, len(records), _CHUNK):
     chunk = np.arange(start, min(start + _CHUNK, len(records)))
