@@ -215,7 +215,7 @@ def _curve_card(run: Run, name: str, best: int | float | None) -> str:
     )
   if missing:
     notes.append(f'<span class="bad">{missing} not finite</span>')
-  title = name.replace("_", " ").capitalize()
+  title = page.printable(name).replace("_", " ").capitalize()
   return page.figure(title, figures.curves(title, series, best), notes)
 
 

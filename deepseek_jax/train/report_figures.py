@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepseek_jax.train import report_svg
+from deepseek_jax.train.report_html import printable
 from deepseek_jax.train.report_run import Series
 from deepseek_jax.train.report_svg import BLUE, HUES, MUTED, ORANGE, SURFACE
 
@@ -274,6 +275,6 @@ def _class_ticks(axes, labels: Sequence[str], classes: int) -> None:
 
 
 def _shorten(text: str, width: int = 16) -> str:
-  """Printable text of at most `width` characters: XML has no control codes."""
-  text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+  """Printable text of at most `width` characters."""
+  text = printable(text)
   return text if len(text) <= width else text[: width - 1] + "…"

@@ -5,14 +5,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
+def printable(value: Any) -> str:
+  """`value` without control codes, which neither XML nor UTF-8 can hold."""
+  return "".join(c if c.isprintable() else "\ufffd" for c in str(value))
+
+
 def text(value: Any) -> str:
   """`value` as escaped, printable text.
 
   >>> text("<script>")
   '&lt;script&gt;'
   """
-  plain = "".join(c if c.isprintable() else "\ufffd" for c in str(value))
-  return html.escape(plain)
+  return html.escape(printable(value))
 
 
 def number(value: Any) -> str:

@@ -222,7 +222,8 @@ def _rate_series(rows: list[dict[str, Any]]) -> dict[str, Series]:
 
 def _read_predictions(path: pathlib.Path) -> Predictions:
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    # NumPy leaves a file of its own open when the archive is torn.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
       arrays = {name: archive[name] for name in archive.files}
     return _check_predictions(arrays)
   except _DAMAGE as error:

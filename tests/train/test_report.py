@@ -185,7 +185,8 @@ def test_ids_are_unique_and_every_reference_resolves(run):
   found = _Elements(_report(run)).attributes
   ids = [value for key, value in found if key == "id"]
   assert len(set(ids)) == len(ids)
-  used = [value[1:] for key, value in found if key == "href"]
+  links = [value for key, value in found if key == "href"]
+  used = [link[1:] for link in links if link.startswith("#")]
   used += [value[5:-1] for key, value in found if key == "clip-path"]
   assert set(used) <= set(ids)
   assert used
