@@ -9,6 +9,7 @@ import numpy as np
 from deepseek_jax.data.schema import Schema
 
 Columns = dict[str, np.ndarray]
+Indices = int | slice | Sequence[int] | np.ndarray
 
 
 @runtime_checkable
@@ -70,7 +71,7 @@ class Split:
     """Returns how many examples there are."""
     return len(self.reader)
 
-  def take(self, indices: np.ndarray) -> Columns:
+  def take(self, indices: Sequence[int] | np.ndarray) -> Columns:
     """Returns the stored columns at `indices`.
 
     Args:
@@ -82,11 +83,11 @@ class Split:
     Raises:
       IndexError: If an index is out of range.
     """
-    return self.reader.take(indices)
+    return self.reader.take(np.asarray(indices))
 
-  def __getitem__(self, indices: int | slice | Sequence[int]) -> Columns:
+  def __getitem__(self, indices: Indices) -> Columns:
     """Returns the stored columns at an index, a slice or a list of them."""
-    return self.take(np.arange(len(self))[indices])
+    return self.take(np.asarray(np.arange(len(self))[indices]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -61,11 +61,13 @@ def load(
 
   root = prepared.data_root(data_dir)
   if name == "digits":
-    builder = _digits(root)
+    builder = prepared.ensure("digits:1.0.0", root, lambda: _make_digits(root))
   elif name.startswith("tfds:") and len(name) > 5:
-    builder = prepared.find(name[5:], root)
-    if builder is None:
-      builder = prepared.make(name[5:], root, download=download)
+    builder = prepared.ensure(
+      name[5:],
+      root,
+      lambda: prepared.make(name[5:], root, download=download),
+    )
   else:
     raise ValueError(unknown("data set", name, _known(root)))
   return reading.read(
@@ -78,17 +80,12 @@ def load(
   )
 
 
-def _digits(root: Path):
-  """Returns a builder whose digits are in place."""
+def _make_digits(root: Path) -> None:
   from deepseek_jax.data.sources import prepared
+  from deepseek_jax.data.sources.digits import Digits
 
-  builder = prepared.find("digits:1.0.0", root)
-  if builder is None:
-    from deepseek_jax.data.sources.digits import Digits
-
-    builder = Digits(data_dir=root, file_format="array_record")
-    prepared.prepare(builder, root, quiet=True)
-  return builder
+  builder = Digits(data_dir=root, file_format="array_record")
+  prepared.prepare(builder, root, quiet=True)
 
 
 def _known(root: Path) -> list[str]:

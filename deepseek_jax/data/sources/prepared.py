@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -22,6 +22,32 @@ def data_root(data_dir: str | os.PathLike[str] | None) -> Path:
   # Read now, because TFDS reads the variable once, when it is imported.
   default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   return Path(data_dir or default).expanduser()
+
+
+def ensure(
+  name: str, root: Path, make: Callable[[], None]
+) -> tfds.core.DatasetBuilder:
+  """Returns a builder that reads a data set, made first if it is not there.
+
+  Args:
+    name: As TFDS writes it: "name", "name/config", "name:1.2.3".
+    root: The data directory.
+    make: Prepares the data set in `root`, or does nothing if it is there.
+
+  Returns:
+    A builder made from the files alone, whoever wrote them.
+
+  Raises:
+    ValueError: If what is there cannot be read.
+  """
+  builder = find(name, root)
+  if builder is None:
+    make()
+    builder = find(name, root)
+  if builder is None:
+    error = FileNotFoundError("its description is missing")
+    raise ValueError(damaged(_directory(name, root), error))
+  return builder
 
 
 def find(name: str, root: Path) -> tfds.core.DatasetBuilder | None:
@@ -42,10 +68,10 @@ def find(name: str, root: Path) -> tfds.core.DatasetBuilder | None:
   except tfds.core.registered.DatasetNotFoundError:
     return None
   except Exception as error:  # TFDS raises many types for a damaged directory.
-    raise ValueError(damaged(root / name.split(":")[0], error)) from error
+    raise ValueError(damaged(_directory(name, root), error)) from error
 
 
-def damaged(path: Path, error: Exception) -> str:
+def damaged(path: str | os.PathLike, error: Exception) -> str:
   """Returns the message for a data set that cannot be read."""
   text = " ".join(f"{type(error).__name__}: {error}".split())
   return (
@@ -54,18 +80,13 @@ def damaged(path: Path, error: Exception) -> str:
   )
 
 
-def make(
-  name: str, root: Path, *, download: bool = True
-) -> tfds.core.DatasetBuilder:
-  """Prepares a data set TFDS knows, and returns the builder that did.
+def make(name: str, root: Path, *, download: bool = True) -> None:
+  """Prepares a data set TFDS knows, unless its directory is there.
 
   Args:
     name: As TFDS writes it.
     root: The data directory.
     download: Whether the network may be used.
-
-  Returns:
-    The builder, its data in place.
 
   Raises:
     ValueError: If TFDS knows no such data set.
@@ -74,7 +95,7 @@ def make(
   """
   builder = _construct(name, root)
   if builder.data_path.exists():  # Made meanwhile, or damaged: reading tells.
-    return builder
+    return
   if not download:
     raise RuntimeError(_advice(name, root, "download is False", builder))
   if not _reachable(list(builder.url_infos or ())):
@@ -82,12 +103,10 @@ def make(
   try:
     prepare(builder, root, quiet=not sys.stderr.isatty())
   except Exception as error:
-    if _needs_tensorflow(error):
-      reason = "preparing (not reading) it needs TensorFlow"
-    else:
-      reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if module := _missing_module(error):
+      reason = f"preparing it (not reading it) needs {module}"
     raise RuntimeError(_advice(name, root, reason, builder)) from error
-  return builder
 
 
 def prepare(
@@ -124,13 +143,14 @@ def prepare(
 
 def _construct(name: str, root: Path) -> tfds.core.DatasetBuilder:
   try:
-    return tfds.builder(name, data_dir=root, file_format=_FORMAT)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints and raises.
+      return tfds.builder(name, data_dir=root, file_format=_FORMAT)
   except tfds.core.registered.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
     message = unknown("TFDS data set", name, known)
     raise ValueError(f"{message} It is not in {root} either.") from error
   except ImportError as error:
-    reason = f"its builder needs {error.name or error}"
+    reason = f"its builder needs {_missing_module(error)}"
     raise RuntimeError(_advice(name, root, reason)) from error
   except Exception as error:  # An unknown configuration, for one.
     text = " ".join(str(error).split())[:500]
@@ -177,12 +197,17 @@ def _reachable(urls: list[str]) -> bool:
   return not hosts
 
 
-def _needs_tensorflow(error: BaseException | None) -> bool:
+def _missing_module(error: BaseException | None) -> str | None:
+  """Returns the module whose absence is at the root of `error`, if any is."""
   while error is not None:
-    if isinstance(error, ImportError) and "tensorflow" in str(error):
-      return True
+    if isinstance(error, ImportError) and error.name:
+      return error.name
     error = error.__cause__ or error.__context__
-  return False
+  return None
+
+
+def _directory(name: str, root: Path) -> Path:
+  return root / name.split(":")[0]
 
 
 @contextlib.contextmanager

@@ -158,14 +158,19 @@ def _open(
   sources = {}
   for split in ("train", "validation", "test"):
     try:
-      available[names[split]]
+      num_examples = available[names[split]].num_examples
     except Exception as error:  # TFDS raises several types.
       raise ValueError(
         "splits must give 'train', 'validation' and 'test' a part of "
         f"{sorted(available)} such as 'train[:80%]', got {names}."
       ) from error
+    if not num_examples:
+      raise ValueError(
+        f"{split}: a split must hold at least one example, "
+        f"{names[split]!r} of {builder.info.full_name} holds 0."
+      )
     try:
-      source = builder.as_data_source(names[split])
+      sources[split] = builder.as_data_source(names[split])
     except NotImplementedError as error:
       raise ValueError(
         f"the data set in {path} is stored as {builder.info.file_format}, "
@@ -174,12 +179,6 @@ def _open(
       ) from error
     except Exception as error:
       raise ValueError(damaged(path, error)) from error
-    if not len(source):
-      raise ValueError(
-        f"{split}: a split must hold at least one example, "
-        f"{names[split]!r} of {builder.info.full_name} holds 0."
-      )
-    sources[split] = source
   return sources
 
 
