@@ -105,10 +105,12 @@ def evaluate(
     split: Which split to evaluate on.
     file: The experiment's file, when it defines classes of its own.
   """
-  from deepseek_jax.train import config
+  from deepseek_jax import train as train_lib
 
-  kind = config.Experiment if file is None else type(_load_experiment(file))
-  print(json.dumps(config.evaluate(run, split=split, kind=kind), indent=2))
+  kind = (
+    train_lib.Experiment if file is None else type(_load_experiment(file))
+  )
+  print(json.dumps(train_lib.evaluate(run, split=split, kind=kind), indent=2))
   return OK
 
 

@@ -1,11 +1,18 @@
 """Train a model to a result that survives being killed."""
 
 from deepseek_jax.train.checkpoint import CheckpointError as CheckpointError
+from deepseek_jax.train.config import Classifier as Classifier
+from deepseek_jax.train.config import Data as Data
+from deepseek_jax.train.config import Experiment as Experiment
+from deepseek_jax.train.config import Optimizer as Optimizer
+from deepseek_jax.train.config import Train as Train
 from deepseek_jax.train.early_stopping import EarlyStopping as EarlyStopping
 from deepseek_jax.train.fit import fit as fit
 from deepseek_jax.train.losses import CrossEntropy as CrossEntropy
 from deepseek_jax.train.losses import Loss as Loss
 from deepseek_jax.train.losses import MeanSquaredError as MeanSquaredError
+from deepseek_jax.train.reload import evaluate as evaluate
+from deepseek_jax.train.reload import load_model as load_model
 from deepseek_jax.train.report import write_report as write_report
 from deepseek_jax.train.result import Result as Result
 from deepseek_jax.train.step import RecompileWarning as RecompileWarning

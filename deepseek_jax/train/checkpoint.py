@@ -35,11 +35,12 @@ class Checkpoints:
     directory: Where to write; made when missing.
     keep: How many of the newest steps to keep, at least 1; the step last marked
       as best stays besides.
+    read_only: Whether to leave the directory as it is.
   """
 
-  def __init__(self, directory: pathlib.Path, *, keep: int = 2):
-    if keep < 1:
-      raise ValueError(f"keep must be at least 1 checkpoint, got {keep=}.")
+  def __init__(
+    self, directory: pathlib.Path, *, keep: int = 2, read_only: bool = False
+  ):
     self.directory = directory
     self._policy = _LatestAndBest(keep)
     self._manager = ocp.CheckpointManager(
@@ -52,7 +53,9 @@ class Checkpoints:
       },
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
         enable_async_checkpointing=True,
       ),
     )
@@ -60,6 +63,21 @@ class Checkpoints:
   def latest(self) -> int | None:
     """Returns the newest committed step, or None."""
     return self._manager.latest_step()
+
+  def best(self) -> int:
+    """Returns the step with the best evaluation, or else the newest.
+
+    Raises:
+      ValueError: If there is no checkpoint.
+    """
+    step = self.latest()
+    if step is None:
+      raise ValueError(f"no checkpoint in {self.directory} yet.")
+    progress = self._manager.restore(
+      step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+    )["progress"]
+    best = progress["stopping"]["best_step"]
+    return step if best is None else best
 
   def save(
     self,

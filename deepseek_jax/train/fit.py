@@ -134,12 +134,10 @@ def fit(
     for name, value in locals().items()
     if name not in _NOT_IDENTITY
   }
-  _check_sizes(len(data.train), batch_size, accumulate, clip_norm)
-  spec = StepSpec(
-    loss=_default_loss(data.schema) if loss is None else loss,
-    inputs=data.schema.inputs,
-    target=data.schema.target,
-    classification=data.schema.num_classes is not None,
+  _check_sizes(len(data.train), batch_size, accumulate, clip_norm, keep)
+  spec = StepSpec.of(
+    data.schema,
+    loss,
     accumulate=accumulate,
     l1=l1,
     l2=l2,
@@ -189,15 +187,15 @@ def fit(
     )
 
 
-def _default_loss(schema: data_lib.Schema) -> losses_lib.Loss:
-  if schema.num_classes is None:
-    return losses_lib.MeanSquaredError()
-  return losses_lib.CrossEntropy()
-
-
 def _check_sizes(
-  examples: int, batch_size: int, accumulate: int, clip_norm: float | None
+  examples: int,
+  batch_size: int,
+  accumulate: int,
+  clip_norm: float | None,
+  keep: int,
 ) -> None:
+  if keep < 1:
+    raise ValueError(f"keep must be at least 1 checkpoint, got {keep=}.")
   if not 1 <= batch_size <= examples:
     raise ValueError(
       f"batch_size must be in [1, {examples}], the examples of the training "

@@ -41,6 +41,19 @@ class Schedule:
   checkpoint_seconds: float
   max_skipped: int
 
+  def __post_init__(self):
+    """Checks the intervals."""
+    for name in ("evaluate_every", "log_every"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"{name} must be at least 1 step, got {name}={getattr(self, name)}."
+        )
+    if not self.checkpoint_seconds >= 0:
+      raise ValueError(
+        "checkpoint_seconds must be at least 0, got "
+        f"{self.checkpoint_seconds=}."
+      )
+
   def next_event(self, step: int) -> int:
     """Returns the next step at which there is something to look at."""
     return min(

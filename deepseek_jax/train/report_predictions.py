@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -132,7 +132,8 @@ def _worst(
       return f'<b class="good">{guess}</b> {sure}<br>right, but unsure'
     return f'<b class="bad">{guess}</b> {sure}<br>is <b>{true}</b>'
 
-  all_right = (predicted == answers.labels).all()
+  is_wrong = (predicted != answers.labels)[answers.worst]
+  all_right = not is_wrong.any()
   return _pictures(
     "Least sure answers" if all_right else "Worst mistakes",
     "No mistake on the test split; these were the closest."
@@ -140,21 +141,30 @@ def _worst(
     else "Wrong answers the model was most sure of.",
     answers,
     caption,
+    places=np.flatnonzero(is_wrong | all_right),
   )
 
 
-def _pictures(title: str, lead: str, answers: Predictions, caption) -> str:
-  if not len(answers.worst):
-    return ""
+def _pictures(
+  title: str,
+  lead: str,
+  answers: Predictions,
+  caption: Callable[[int], str],
+  places: np.ndarray,
+) -> str:
+  """The pictures at `places` among the worst, each with its caption."""
   faces = []
-  for place, i in enumerate(answers.worst.tolist()):
+  for place in places.tolist():
+    i = int(answers.worst[place])
     image = "" if answers.images is None else _image(answers.images[place])
     faces.append(
       f"<figure>{image}{caption(i)}<br>"
       f'<small class="muted">example {answers.index[i]}</small></figure>'
     )
+  if not faces:
+    return ""
   return (
-    f'<h2>{title}</h2><p class="muted">{lead}</p><p></p>'
+    f'<h2>{title}</h2><p class="lead">{lead}</p>'
     f'<div class="faces">{"".join(faces)}</div>'
   )
 
@@ -204,7 +214,9 @@ def _regression(answers: Predictions) -> str:
   ]
   return (
     f"<h2>Test split</h2>{page.grid(cards)}{_non_finite(answers)}"
-    + _pictures("Largest errors", "", answers, caption)
+    + _pictures(
+      "Largest errors", "", answers, caption, np.arange(len(answers.worst))
+    )
   )
 
 

@@ -1,9 +1,10 @@
 """The hot step: one jitted function from (state, batch) to state."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
+from deepseek_jax import data as data_lib
 from deepseek_jax.core import numerics, tree
 from deepseek_jax.train import losses as losses_lib
 from deepseek_jax.train import metrics as metrics_lib
@@ -46,6 +48,50 @@ class StepSpec:
   l1: float = 0.0
   l2: float = 0.0
   max_skipped: int = 10
+
+  @classmethod
+  def of(
+    cls,
+    schema: data_lib.Schema,
+    loss: losses_lib.Loss | None = None,
+    **options: Any,
+  ) -> Self:
+    """Returns the step for a data set.
+
+    Args:
+      schema: What a batch holds.
+      loss: Loss per example; None chooses cross entropy for labels and mean
+        squared error for numbers.
+      **options: The other fields.
+    """
+    classification = schema.num_classes is not None
+    if loss is None:
+      loss = (
+        losses_lib.CrossEntropy()
+        if classification
+        else losses_lib.MeanSquaredError()
+      )
+    return cls(
+      loss=loss,
+      inputs=schema.inputs,
+      target=schema.target,
+      classification=classification,
+      **options,
+    )
+
+  def __post_init__(self):
+    """Checks the numbers."""
+    for name in ("accumulate", "max_skipped"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"{name} must be at least 1, got {name}={getattr(self, name)}."
+        )
+    for name in ("l1", "l2"):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ValueError(
+          f"{name} must be finite and at least 0, got "
+          f"{name}={getattr(self, name)}."
+        )
 
 
 def make_train_step(

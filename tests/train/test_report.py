@@ -282,6 +282,21 @@ def test_without_mistakes_the_least_sure_are_shown(run):
   assert "Worst mistakes" not in page
 
 
+def test_right_answers_are_no_worst_mistakes(run):
+  labels = np.arange(60) % 3
+  guesses = labels.copy()
+  guesses[7] = 0  # The only mistake: 7 % 3 is 1.
+  _write_predictions(
+    run,
+    logits=np.eye(3, dtype=np.float32)[guesses],
+    worst=np.array([7, 4]),
+    worst_images=np.zeros((2, 8, 8, 1), np.float32),
+  )
+  page = _report(run)
+  assert "example 7" in page
+  assert "example 4" not in page
+
+
 @pytest.mark.parametrize("shape", [(50,), (50, 1), (50, 2)])
 def test_regression_shows_values_and_no_classes(run, shape):
   true = np.linspace(0, 9, np.prod(shape)).reshape(shape).astype(np.float32)

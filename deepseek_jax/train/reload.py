@@ -1,0 +1,89 @@
+"""A finished or interrupted run, back as a model."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Literal
+
+from flax import nnx
+
+from deepseek_jax import data as data_lib
+from deepseek_jax.train import config as config_lib
+from deepseek_jax.train import run_directory
+from deepseek_jax.train import state as state_lib
+from deepseek_jax.train.checkpoint import Checkpoints
+from deepseek_jax.train.evaluation import Evaluator
+from deepseek_jax.train.placement import Placement
+from deepseek_jax.train.step import StepSpec
+
+
+def load_model(
+  workdir: str | os.PathLike,
+  *,
+  kind: type[config_lib.Experiment] = config_lib.Experiment,
+) -> tuple[config_lib.Experiment, nnx.Module]:
+  """Returns the experiment of a run and its model with the best weights.
+
+  Reads data only: the configuration is plain JSON, the weights are arrays.
+
+  Args:
+    workdir: A run directory that an experiment wrote.
+    kind: The experiment's class, when it is not the library's own.
+
+  Returns:
+    The experiment, and its model in evaluation mode.
+
+  Raises:
+    ValueError: If this is no run of an experiment of that kind, or has no
+      checkpoint yet.
+  """
+  path = pathlib.Path(workdir)
+  asked = run_directory.read_json(path / "run.json")
+  if not isinstance(asked, dict) or not isinstance(asked.get("config"), dict):
+    raise ValueError(
+      f"{path} was not written by an experiment: run.json has no config. Build "
+      "the model in Python and call fit with the same arguments instead."
+    )
+  experiment = config_lib.from_json(kind, asked["config"])
+  schema = data_lib.Schema.from_json(json.dumps(asked["schema"]))
+  model = experiment.build_model(schema)
+  model.eval()
+  _, params, rest = state_lib.split(model)
+  checkpoints = Checkpoints(path / "checkpoints", read_only=True)
+  try:
+    params, rest = checkpoints.restore_model(checkpoints.best(), params, rest)
+  finally:
+    checkpoints.close()
+  nnx.update(model, params, rest)
+  return dataclasses.replace(experiment, workdir=str(workdir)), model
+
+
+def evaluate(
+  workdir: str | os.PathLike,
+  *,
+  split: Literal["train", "validation", "test"] = "test",
+  kind: type[config_lib.Experiment] = config_lib.Experiment,
+  data_dir: str | None = None,
+) -> dict[str, float]:
+  """Returns the metrics of a run's best weights on a split.
+
+  Args:
+    workdir: A run directory that an experiment wrote.
+    split: Which split.
+    kind: The experiment's class, when it is not the library's own.
+    data_dir: Where the data set is prepared; TFDS's own default when None.
+
+  Raises:
+    ValueError: As `load_model`.
+  """
+  experiment, model = load_model(workdir, kind=kind)
+  data = dataclasses.replace(experiment.data, data_dir=data_dir).load()
+  structure, params, rest = state_lib.split(model)
+  evaluator = Evaluator(
+    structure,
+    StepSpec.of(data.schema, experiment.build_loss(data.schema)),
+    batch_size=min(512, len(getattr(data, split))),
+    placement=Placement(),
+  )
+  return evaluator.metrics(params, rest, getattr(data, split))

@@ -1,0 +1,330 @@
+"""Laws of a run: what it gives, how it resumes, what it refuses."""
+
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+import warnings
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import deepseek_jax as dj
+from deepseek_jax.train.fit import fit
+from deepseek_jax.train.step import RecompileWarning
+
+
+@pytest.fixture
+def run(problem, one_device, make_model, tmp_path):
+  """`fit` on the small problem; any argument can be replaced."""
+
+  def call(name="run", **changes):
+    arguments = {
+      "model": make_model(),
+      "tx": dj.optim.deepseek(2e-2, warmup_steps=3),
+      "data": problem,
+      "workdir": tmp_path / name,
+      "epochs": 4,
+      "batch_size": 32,
+      "mesh": one_device,
+      "progress": False,
+      "tensorboard": False,
+    } | changes
+    model, tx, data = (arguments.pop(k) for k in ("model", "tx", "data"))
+    return fit(model, tx, data, **arguments)
+
+  return call
+
+
+def weights(result):
+  return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(result.model, nnx.Param)))
+
+
+def assert_same(first, second):
+  """Bitwise: weights, metrics, stopping step, and the log but for its clock."""
+  jax.tree.map(np.testing.assert_array_equal, weights(first), weights(second))
+  for name in ("metrics", "best_step", "steps", "ended_by", "complete"):
+    assert getattr(first, name) == getattr(second, name)
+
+  def timeless(record):
+    clock = ("seconds", "steps_per_second")
+    return {k: v for k, v in record.items() if k not in clock}
+
+  assert [*map(timeless, first.history)] == [*map(timeless, second.history)]
+
+
+def stop_at(step, name=signal.SIGTERM):
+  """A transform that sends this process a signal as its `step`-th update."""
+
+  def send(count):
+    if count == step:
+      os.kill(os.getpid(), name)
+
+  def update(updates, count, params=None, **extra):
+    jax.debug.callback(send, count)
+    return updates, count + 1
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: np.zeros((), np.int32), update
+  )
+
+
+def test_a_run_learns_and_writes_what_it_says(run, tmp_path):
+  result = run(epochs=12)
+  assert result.metrics["test/accuracy"] > 0.6
+  assert result.complete
+  assert result.ended_by == "epochs"
+  assert result.steps == 60
+  written = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert written["metrics"] == result.metrics
+  assert written["versions"]["jax"] == jax.__version__
+  assert written["peak_memory_bytes"] > 0
+  asked = json.loads((tmp_path / "run" / "run.json").read_text())
+  assert asked["arguments"]["epochs"] == 12
+  assert {p["path"] for p in asked["parameters"]} >= {"head/kernel"}
+  with np.load(tmp_path / "run" / "predictions.npz") as found:
+    accuracy = np.mean(found["logits"].argmax(axis=1) == found["labels"])
+  np.testing.assert_allclose(accuracy, result.metrics["test/accuracy"])
+
+
+def test_two_runs_are_equal_and_another_seed_is_not(run):
+  first, second, other = run("a"), run("b"), run("c", seed=1)
+  assert_same(first, second)
+  assert other.metrics != first.metrics
+
+
+def test_calling_again_after_the_end_returns_the_same_result(run):
+  first = run()
+  started = time.perf_counter()
+  again = run()
+  assert time.perf_counter() - started < first.wall_seconds
+  assert_same(first, again)
+
+
+@pytest.mark.parametrize("step", [0, 7, 13])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_signalled_run_goes_on_to_the_same_bits(run, step, prefetch):
+  tx = dj.optim.deepseek(2e-2, warmup_steps=3)
+  whole = run("whole", tx=optax.chain(tx, stop_at(-1)))
+  stopping = {"tx": optax.chain(tx, stop_at(step)), "prefetch": prefetch}
+  cut = run("cut", **stopping)
+  assert (cut.ended_by, cut.complete) == ("SIGTERM", False)
+  assert step < cut.steps < 20
+  assert_same(whole, run("cut", **stopping))
+
+
+def test_sigint_stops_and_handlers_come_back(run):
+  before = signal.getsignal(signal.SIGINT)
+  tx = optax.chain(optax.sgd(0.1), stop_at(2, signal.SIGINT))
+  assert run(tx=tx).ended_by == "SIGINT"
+  assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_fit_runs_in_a_thread(run):
+  results = []
+  thread = threading.Thread(target=lambda: results.append(run(epochs=1)))
+  thread.start()
+  thread.join()
+  assert results[0].complete
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_the_model_ends_with_its_best_weights(run, problem, patience):
+  # A rate this high makes the last evaluation worse than the best.
+  result = run(tx=optax.adam(0.3), epochs=10, patience=patience)
+  losses = {r["step"]: r["validation/loss"] for r in result.history}
+  assert result.best_step == min(losses, key=losses.get) < max(losses)
+  assert result.ended_by == ("early stopping" if patience else "epochs")
+  if patience:
+    assert result.steps == result.best_step + 2 * 5
+  x, y = problem.validation[:]["x"], problem.validation[:]["y"]
+  log_p = jax.nn.log_softmax(result.model(x))
+  loss = -np.mean(np.asarray(log_p)[np.arange(len(y)), y])
+  np.testing.assert_allclose(loss, losses[result.best_step], rtol=1e-5)
+
+
+def test_training_and_evaluation_are_each_traced_once(run):
+  with warnings.catch_warnings():
+    warnings.simplefilter("error", RecompileWarning)
+    result = run(steps=200, epochs=None, log_every=7, evaluate_every=11)
+  assert (result.steps, result.ended_by) == (200, "steps")
+
+
+def test_accumulation_gives_the_same_run(run):
+  # Without batch statistics, which see one micro-batch at a time.
+  make = lambda: nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+  whole = run("whole", model=make())
+  parts = run("parts", model=make(), accumulate=4)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    weights(whole),
+    weights(parts),
+  )
+
+
+def test_eight_devices_give_the_run_of_one(run):
+  make = lambda: nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+  one = run("one", model=make())
+  eight = run("eight", model=make(), mesh=None)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    weights(one),
+    weights(eight),
+  )
+  np.testing.assert_allclose(
+    one.metrics["test/loss"], eight.metrics["test/loss"], rtol=1e-5
+  )
+
+
+def bad_loss(from_step):
+  """Cross entropy that is NaN for every example of class 0."""
+
+  class Bad(dj.train.CrossEntropy):
+    def __call__(self, outputs, targets):
+      loss = super().__call__(outputs, targets)
+      return jax.numpy.where(targets == 0, jax.numpy.nan, loss)
+
+  return Bad()
+
+
+def test_a_run_of_nothing_but_nan_ends_and_keeps_its_weights(run, make_model):
+  result = run(loss=bad_loss(0), max_skipped=7, epochs=50)
+  assert (result.ended_by, result.steps) == ("non-finite", 7)
+  assert result.best_step is None
+  want = nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+  jax.tree.map(np.testing.assert_array_equal, weights(result), want)
+
+
+def test_tensorboard_events_can_be_read_back(run, tmp_path):
+  run(tensorboard=True, epochs=2)
+  files = [*(tmp_path / "run").glob("events.out.tfevents.*")]
+  assert len(files) == 1
+  content = files[0].read_bytes()
+  for tag in (b"train/loss", b"validation/accuracy", b"learning_rate/head"):
+    assert tag in content
+
+
+def test_regression_and_clipping(run):
+  x = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+  split = {"x": x, "y": x @ np.arange(6, dtype=np.float32) / 6}
+  data = dj.data.from_arrays(split, split, split, inputs=("x",), target="y")
+  result = run(
+    model=nnx.Linear(6, 1, rngs=nnx.Rngs(0)),
+    data=data,
+    tx=optax.adam(0.05),
+    epochs=40,
+    clip_norm=1.0,
+    monitor="validation/rmse",
+  )
+  assert result.metrics["test/rmse"] < 0.1
+
+
+def test_clipping_bounds_the_first_update(run, make_model):
+  moved = []
+  for name, clip in (("free", None), ("clipped", 1e-3)):
+    result = run(name, steps=1, epochs=None, tx=optax.sgd(1.0), clip_norm=clip)
+    before = nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+    change = jax.tree.map(np.subtract, weights(result), before)
+    moved.append(float(optax.tree.norm(change)))
+  assert moved[0] > 0.01
+  np.testing.assert_allclose(moved[1], 1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"epochs": None}, "epochs or steps must be given"),
+    ({"epochs": 0}, "epochs must be positive"),
+    ({"epochs": None, "steps": 0}, "steps must be at least 1"),
+    ({"batch_size": 151}, r"batch_size must be in \[1, 150\]"),
+    ({"batch_size": 0}, r"batch_size must be in \[1, 150\]"),
+    ({"accumulate": 5}, "accumulate must be at least 1 and divide"),
+    ({"clip_norm": 0.0}, "clip_norm must be positive"),
+    ({"monitor": "validation/los"}, "did you mean 'validation/loss'"),
+    ({"patience": 0}, "patience must be at least 1"),
+    ({"keep": 0}, "keep must be at least 1"),
+    ({"max_skipped": 0}, "max_skipped must be at least 1"),
+    ({"log_every": 0}, "log_every must be at least 1"),
+    ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
+    ({"l1": -1.0}, "l1 must be finite and at least 0"),
+    ({"l2": float("nan")}, "l2 must be finite and at least 0"),
+    ({"seed": -1}, "seed must be at least 0"),
+    ({"prefetch": -1}, "prefetch must be at least 0"),
+    (
+      {"model": nnx.Linear(6, 4, rngs=nnx.Rngs(0))},
+      r"model must return logits \[batch, 3\]",
+    ),
+  ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+  run, tmp_path, changes, message
+):
+  with pytest.raises(ValueError, match=message):
+    run(**changes)
+  assert not (tmp_path / "run").exists()
+
+
+def test_batches_that_do_not_fit_the_mesh_are_refused(run):
+  with pytest.raises(ValueError, match="must be divisible by the 8 devices"):
+    run(mesh=None, batch_size=30)
+
+
+def test_a_foreign_directory_is_refused_and_untouched(run, tmp_path):
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "thesis.tex").write_text("precious")
+  with pytest.raises(ValueError, match=r"which holds 'thesis.tex'"):
+    run()
+  assert os.listdir(tmp_path / "run") == ["thesis.tex"]
+
+
+def test_a_file_is_no_workdir(run, tmp_path):
+  (tmp_path / "run").write_text("precious")
+  with pytest.raises(ValueError, match="workdir must be a directory"):
+    run()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"epochs": 5}, r"arguments.epochs was 4, now 5"),
+    ({"loss": dj.train.CrossEntropy(label_smoothing=0.1)}, "label_smoothing"),
+    ({"config": {"a": 1}}, r"config was None, now \{'a': 1\}"),
+    (
+      {"model": nnx.Linear(6, 3, rngs=nnx.Rngs(0))},
+      r"parameters.hidden/kernel was 'float32\[6, 16\]', now None",
+    ),
+  ],
+)
+def test_another_run_is_not_overwritten(run, tmp_path, changes, message):
+  run(epochs=4)
+  before = (tmp_path / "run" / "result.json").read_bytes()
+  with pytest.raises(ValueError, match=message):
+    run(**changes)
+  assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_optimizer_is_told_by_path(run, tmp_path):
+  run(tx=optax.chain(optax.sgd(0.1), stop_at(3)))
+  with pytest.raises(ValueError, match=r"(missing|extra) opt_state/"):
+    run(tx=optax.adam(0.1))
+
+
+def test_damaged_run_json_is_told(run, tmp_path):
+  run(epochs=1)
+  (tmp_path / "run" / "run.json").write_text("{")
+  with pytest.raises(ValueError, match=r"run.json cannot be read"):
+    run(epochs=1)
+
+
+def test_a_torn_log_line_is_written_again(run, tmp_path):
+  tx = dj.optim.deepseek(2e-2, warmup_steps=3)
+  whole = run("whole", tx=optax.chain(tx, stop_at(-1)))
+  cut = run("cut", tx=optax.chain(tx, stop_at(12)))
+  with pathlib.Path(cut.workdir, "metrics.jsonl").open("a") as file:
+    file.write('{"step": 15, "epo')
+  assert_same(whole, run("cut", tx=optax.chain(tx, stop_at(12))))
