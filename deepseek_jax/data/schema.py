@@ -162,7 +162,7 @@ class Schema:
         for name, feature in fields.pop("features").items()
       }
       return Schema(features=features, **_tuples(fields))
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
       raise ValueError(
         f"text must be a schema written by to_json, got {text[:80]!r}."
       ) from error

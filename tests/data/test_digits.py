@@ -85,7 +85,7 @@ def test_preparing_twice_gives_identical_bytes(tmp_path):
 
 
 def test_processes_may_prepare_at_the_same_time(tmp_path):
-  loaders = [start(tmp_path) for _ in range(3)]
+  loaders = [start(tmp_path) for _ in range(2)]
   for loader in loaders:
     _, errors = loader.communicate(timeout=120)
     assert loader.returncode == 0, errors

@@ -2,10 +2,13 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import threading
 
 import grain
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,6 +201,40 @@ def test_close_ends_the_thread_twice():
   stream.close()
   stream.close()
   assert threading.active_count() == before
+
+
+def test_an_open_stream_does_not_disturb_the_end_of_python():
+  code = (
+    "import numpy as np\n"
+    "from deepseek_jax import data\n"
+    "x = {'x': np.ones(9, np.float32), 'y': np.ones(9, np.float32)}\n"
+    "split = data.from_arrays(x, x, x, inputs=['x'], target='y').train\n"
+    "stream = iter(data.batches(split, 2))\n"
+    "next(stream)\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_orbax_saves_and_restores_the_iterator(tmp_path, prefetch):
+  dataset = data.batches(make_split(23), 5, seed=4, prefetch=prefetch)
+  saved, restored = iter(dataset), iter(dataset)
+  for _ in range(7):
+    next(saved)
+  with ocp.CheckpointManager(tmp_path) as manager:
+    save = grain.checkpoint.CheckpointSave(saved)
+    manager.save(0, args=ocp.args.Composite(data=save))
+    manager.wait_until_finished()
+    restore = grain.checkpoint.CheckpointRestore(restored)
+    manager.restore(0, args=ocp.args.Composite(data=restore))
+  assert_same(
+    [next(restored) for _ in range(5)], [next(saved) for _ in range(5)]
+  )
+  saved.close()
+  restored.close()
 
 
 def test_a_state_of_another_stream_is_refused():
