@@ -2,8 +2,7 @@
 
 from deepseek_jax.optim.deepseek import deepseek as deepseek
 from deepseek_jax.optim.deepseek import matrices as matrices
-from deepseek_jax.optim.guard import SkipNonFiniteState as SkipNonFiniteState
-from deepseek_jax.optim.guard import skip_non_finite as skip_non_finite
+from deepseek_jax.optim.guard import zero_non_finite as zero_non_finite
 from deepseek_jax.optim.layers import ScaleByLayerState as ScaleByLayerState
 from deepseek_jax.optim.layers import scale_by_layer as scale_by_layer
 from deepseek_jax.optim.loss import (

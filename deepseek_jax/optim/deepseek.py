@@ -8,7 +8,7 @@ import optax
 
 from deepseek_jax.core import is_number
 from deepseek_jax.core.typing import PyTree, Rules
-from deepseek_jax.optim.guard import skip_non_finite
+from deepseek_jax.optim.guard import zero_non_finite
 from deepseek_jax.optim.layers import scale_by_layer
 from deepseek_jax.optim.loss import scale_by_loss_ratio
 from deepseek_jax.optim.rates import scale_by_rate
@@ -34,7 +34,7 @@ def deepseek(
   updates to float precision when its decay is masked alike. Its parts, in the
   order they act:
 
-  * a guard: an update with a non-finite gradient is skipped as a whole;
+  * a guard: elements of the gradient that are not finite count as zero;
   * Adam's moments;
   * decoupled weight decay, of leaves with two or more dimensions only;
   * `layer_rules`: learning rates by layer (off by default);
@@ -80,7 +80,7 @@ def deepseek(
   >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
   >>> state = tx.init(params)
   >>> updates, state = tx.update(params, state, params)
-  >>> print(state.inner_state["rate"].learning_rate)
+  >>> print(state["rate"].learning_rate)
   0.001
 
   References:
@@ -88,7 +88,10 @@ def deepseek(
     https://arxiv.org/abs/1711.05101
   """
   _check_arguments(weight_decay, warmup_steps, b1, b2, eps)
-  parts = [("moments", optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype))]
+  parts = [
+    ("guard", zero_non_finite()),
+    ("moments", optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)),
+  ]
   if not _is_off(weight_decay):
     mask = matrices if mask is None else mask
     decay = optax.add_decayed_weights(weight_decay, mask)
@@ -98,7 +101,7 @@ def deepseek(
   if not _is_off(loss_power):
     parts.append(("loss", _resting(scale_by_loss_ratio(loss_power))))
   parts.append(("rate", scale_by_rate(warmup(learning_rate, warmup_steps))))
-  return skip_non_finite(optax.named_chain(*parts))
+  return optax.named_chain(*parts)
 
 
 def matrices(params: PyTree) -> PyTree:

@@ -35,15 +35,14 @@ class Case:
 
 
 def guarded(base):
-  """A base of Optax between our guard and our scales."""
+  """An optimizer of Optax between our guard and our scales."""
 
   def make(learning_rate):
-    return optim.skip_non_finite(
-      optax.chain(
-        base(learning_rate),
-        optim.scale_by_loss_ratio(0.5, decay=0.5),
-        optim.scale_by_layer(RULES),
-      )
+    return optax.chain(
+      optim.zero_non_finite(),
+      base(learning_rate),
+      optim.scale_by_loss_ratio(0.5, decay=0.5),
+      optim.scale_by_layer(RULES),
     )
 
   return Case(make, {"learning_rate": 0.05})
@@ -51,6 +50,7 @@ def guarded(base):
 
 after_sgd = lambda tx: optax.chain(optax.sgd(0.2), tx)
 CASES = {
+  "guard": Case(optim.zero_non_finite, {}, after_sgd),
   "rate": Case(optim.scale_by_rate, {"learning_rate": 0.1}),
   "schedule": Case(
     optim.scale_by_rate, {"learning_rate": optim.warmup(0.1, steps=3)}

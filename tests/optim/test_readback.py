@@ -147,7 +147,7 @@ def test_the_rate_of_the_recipe_is_warm_up_times_layer_times_loss():
   np.testing.assert_allclose(first[BIAS], 0.4 / 6, rtol=1e-6)
   state = state_after_three(tx)
   rates = optim.learning_rates(state, PARAMS)
-  scale = state.inner_state["loss"].rate_scale
+  scale = state["loss"].rate_scale
   assert 0.5 < scale < 1.0
   np.testing.assert_allclose(rates[BIAS], 0.4 * 3 / 6 * scale, rtol=1e-6)
   np.testing.assert_allclose(rates[STAGE], rates[BIAS] / 4, rtol=1e-6)
