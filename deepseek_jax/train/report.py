@@ -73,7 +73,7 @@ def _page(run: Run) -> str:
       _training(run),
       report_predictions.sections(run),
       _parameters(run.description.get("parameters") or []),
-      _settings(run.description),
+      _settings(run),
     )
   )
   return (
@@ -88,7 +88,8 @@ def _page(run: Run) -> str:
 
 def _header(run: Run) -> str:
   schema = run.description.get("schema") or {}
-  subject = page.text(schema.get("name") or "unnamed data")
+  data = run.description.get("data") or schema.get("name") or "unnamed data"
+  subject = page.text(data)
   subject = f'<p class="muted">A training run on {subject}.</p>'
   if run.result is None:
     status, kind = "unfinished", "warn"
@@ -173,7 +174,11 @@ def _training(run: Run) -> str:
   if not run.metrics:
     return '<h2>Training</h2><p class="muted">Nothing was logged yet.</p>'
   best = (run.result or {}).get("best_step")
-  names = {key.partition("/")[2] for key in run.metrics if "/" in key}
+  names = {
+    key.partition("/")[2]
+    for key, line in run.metrics.items()
+    if "/" in key and line.values.any()  # No picture of steps never skipped.
+  }
   first = ("loss", "accuracy")
   ordered = [n for n in first if n in names] + sorted(names.difference(first))
   cards = [_curve_card(run, name, best) for name in ordered]
@@ -251,12 +256,13 @@ def _parameters(rows: list[dict[str, Any]]) -> str:
   return f'<h2>Parameters</h2><div class="card">{content}</div>'
 
 
-def _settings(description: dict[str, Any]) -> str:
+def _settings(run: Run) -> str:
   """How to have this run again."""
   titles = ("config", "arguments", "environment", "versions", "schema")
   names = ("Configuration", "Arguments", "Environment", "Versions", "Data")
+  written = {**(run.result or {}), **run.description}
   cards = [
-    page.settings(name, description.get(title))
+    page.settings(name, written.get(title))
     for name, title in zip(names, titles, strict=True)
   ]
   return f"<h2>Settings</h2>{page.grid(filter(None, cards))}"

@@ -282,6 +282,15 @@ def test_without_mistakes_the_least_sure_are_shown(run):
   assert "Worst mistakes" not in page
 
 
+def test_a_count_that_stayed_zero_has_no_curve(run):
+  rows = [row | {"train/skipped": 0} for row in _rows()]
+  _write_lines(run, rows)
+  assert "Skipped" not in _report(run)
+  rows[3]["train/skipped"] = 1
+  _write_lines(run, rows)
+  assert "Skipped" in _report(run)
+
+
 def test_right_answers_are_no_worst_mistakes(run):
   labels = np.arange(60) % 3
   guesses = labels.copy()
