@@ -1,11 +1,11 @@
 """Data sets as batches: real sources, checked columns, resumable streams."""
 
 from deepseek_jax.data.arrays import from_arrays as from_arrays
+from deepseek_jax.data.batch_source import BatchSource as BatchSource
+from deepseek_jax.data.batch_source import steps_per_epoch as steps_per_epoch
 from deepseek_jax.data.dataset import Dataset as Dataset
 from deepseek_jax.data.dataset import Split as Split
 from deepseek_jax.data.loading import load as load
-from deepseek_jax.data.pipeline import BatchSource as BatchSource
 from deepseek_jax.data.pipeline import batches as batches
-from deepseek_jax.data.pipeline import steps_per_epoch as steps_per_epoch
 from deepseek_jax.data.schema import Feature as Feature
 from deepseek_jax.data.schema import Schema as Schema

@@ -57,7 +57,7 @@ def load(
   ({'image': (8, 8, 1)}, 10)
   """
   # TFDS takes half a second to import: only who loads a data set pays.
-  from deepseek_jax.data.sources import prepared, reading
+  from deepseek_jax.data import prepared, reading
 
   root = prepared.data_root(data_dir)
   if name == "digits":
@@ -81,7 +81,7 @@ def load(
 
 
 def _make_digits(root: Path) -> None:
-  from deepseek_jax.data.sources import prepared
+  from deepseek_jax.data import prepared
   from deepseek_jax.data.sources.digits import Digits
 
   builder = Digits(data_dir=root, file_format="array_record")

@@ -113,7 +113,7 @@ def test_loading_again_needs_neither_sklearn_nor_a_writable_directory(digits):
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.2, 0.4])
 def test_a_kill_while_preparing_leaves_nothing_that_is_used(tmp_path, delay):
   loader = start(tmp_path)
-  while not (tmp_path / ".digits.lock").exists():
+  while not (tmp_path / ".deepseek_jax.lock").exists():
     time.sleep(0.005)
   time.sleep(delay)
   loader.send_signal(signal.SIGKILL)

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from deepseek_jax import data
-from deepseek_jax.data.sources import prepared
+from deepseek_jax.data import prepared
 
 SPLITS = ("train", "validation", "test")
 
@@ -157,7 +157,7 @@ def test_a_builder_that_needs_tensorflow_says_so(tmp_path):
 
 
 def assert_nothing_is_left(root: Path) -> None:
-  assert {path.name for path in root.iterdir()} <= {".tiny_shapes.lock"}
+  assert {path.name for path in root.iterdir()} <= {".deepseek_jax.lock"}
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""Sources of data: builders, and what finds, prepares and reads them."""
+"""TFDS builders, one a file, each made from what is already installed."""

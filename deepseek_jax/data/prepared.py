@@ -123,7 +123,8 @@ def prepare(
     quiet: Whether to swallow TFDS's progress bars.
   """
   root.mkdir(parents=True, exist_ok=True)
-  with filelock.FileLock(root / f".{builder.name}.lock"):
+  # One lock for all, because data sets share the directory of downloads.
+  with filelock.FileLock(root / ".deepseek_jax.lock"):
     if builder.data_path.exists():  # Another process was faster.
       return
     logging.getLogger(__name__).info(

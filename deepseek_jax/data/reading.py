@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from deepseek_jax.data.dataset import ArrayReader, Columns, Dataset, Split
+from deepseek_jax.data.features import schema_of
+from deepseek_jax.data.prepared import damaged
 from deepseek_jax.data.quality import check_columns
 from deepseek_jax.data.schema import Schema
-from deepseek_jax.data.sources.features import schema_of
-from deepseek_jax.data.sources.prepared import damaged
 
 _CHUNK = 1024  # Examples decoded at a time: bounds the memory beside columns.
 
