@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class StepSpec:
     schema: data_lib.Schema,
     loss: losses_lib.Loss | None = None,
     **options: Any,
-  ) -> Self:
+  ) -> "StepSpec":
     """Returns the step for a data set.
 
     Args:
