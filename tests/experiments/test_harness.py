@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import pathlib
-import re
 
 import pytest
 
@@ -109,7 +108,7 @@ def test_files_hold_what_a_reader_needs_and_no_path(
   bench, tmp_path, monkeypatch, capsys
 ):
   flag = str(tmp_path / "data.npz")
-  monkeypatch.setattr("sys.argv", ["/home/me/script.py", "--data", flag])
+  monkeypatch.setattr("sys.argv", [str(tmp_path / "script.py"), "--data", flag])
   one = bench()
   one.record("size 8", {"plain": [0.02, 0.03], "ours": [0.01, 0.012]})
   one.finish(seeds=[0, 1], details={"parameters": 12})
@@ -123,7 +122,7 @@ def test_files_hold_what_a_reader_needs_and_no_path(
   assert {"cores", "system"} <= result["hardware"].keys()
   assert "numpy" in result["versions"]
   assert os.uname().nodename not in json.dumps(result["hardware"])
-  assert not re.search(r"/home|/tmp|/root", text)
+  assert str(tmp_path) not in text
   assert "<svg" in (tmp_path / "sample.svg").read_text()
   printed = capsys.readouterr().out
   assert "size 8" in printed
