@@ -120,7 +120,7 @@ class Loop:
     self._earlier = seconds
     self._started = self._saved = time.perf_counter()
     self._pending: tuple[dict[str, Any], Any] | None = None
-    self._last_log = (int(state.step), self._started)
+    self._timed = (int(state.step), self._started)
     self._halted = int(state.skipped_in_a_row) >= schedule.max_skipped
 
   @property
@@ -168,14 +168,11 @@ class Loop:
 
   def _log(self, step: int) -> None:
     """Starts the computation of a log line and resets the running metrics."""
-    state, now = self.state, time.perf_counter()
-    last_step, last_time = self._last_log
-    self._last_log = (step, now)
+    state = self.state
     record = {
       "step": step,
       "epoch": step / self._schedule.steps_per_epoch,
       "seconds": self.seconds,
-      "steps_per_second": (step - last_step) / (now - last_time),
     }
     self._pending = (record, _snapshot(state))
     self.state = state._replace(
@@ -184,21 +181,29 @@ class Loop:
 
   def _evaluation(self, step: int) -> bool:
     """Evaluates, completes the pending record; returns whether it is best."""
+    extra = {"steps_per_second": self._speed(step)}
     found = self._evaluate(self.state.params, self.state.rest)
-    rates = {}
+    extra |= found
     if self._learning_rates is not None:
       rates = jax.device_get(
         self._learning_rates(self.state.opt_state, self.state.params)
       )
-    extra: dict[str, Any] = dict(found)
-    if rates:
       extra["learning_rate"] = {
         path: metrics_lib.number(rate) for path, rate in rates.items()
       }
     best = self.stopping.update(found[self.stopping.monitor], step)
     self._flush(extra)
-    self._last_log = (step, time.perf_counter())
+    self._timed = (step, time.perf_counter())
     return best
+
+  def _speed(self, step: int) -> float:
+    """Returns steps a second since the last evaluation.
+
+    Waits for the steps to end, as the evaluation would do anyway.
+    """
+    jax.block_until_ready(self.state.step)
+    last_step, since = self._timed
+    return (step - last_step) / (time.perf_counter() - since)
 
   def _flush(self, extra: dict[str, Any] | None = None) -> None:
     """Reads the pending numbers and writes their line."""
