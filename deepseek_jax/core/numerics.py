@@ -113,8 +113,10 @@ def all_finite(tree: PyTree) -> Flag:
 def select_tree(condition: ArrayLike, on_true: PyTree, on_false: PyTree) -> Any:
   """Returns one of two trees, chosen on the device.
 
-  Both are computed; use `jax.lax.cond` where that is what costs. Under `vmap`
-  a `cond` computes both as well.
+  Meant for small trees. Both are computed, and both must exist at once: to keep
+  or replace donated parameters and optimizer state, put the whole update into
+  `jax.lax.cond` with them as operands, which XLA can do in place (measured on
+  CPU at 10M parameters: the cond costs nothing, the selection 5 times Adam).
 
   Args:
     condition: A boolean scalar.
