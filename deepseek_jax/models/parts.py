@@ -100,7 +100,7 @@ class RecurrentAttention(nnx.Module):
   """LSTM layers, then a residual block of multi-head attention.
 
   >>> features = RecurrentAttention(128, features=64, rngs=nnx.Rngs(0))
-  >>> features(jnp.zeros((2, 4, 128)), None).shape
+  >>> features(jnp.zeros((2, 4, 128))).shape
   (2, 4, 64)
 
   Args:
@@ -153,7 +153,7 @@ class RecurrentAttention(nnx.Module):
     )
 
   def __call__(
-    self, tokens: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None
+    self, tokens: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
   ) -> Float[Array, "B T F"]:
     """Returns tokens that know their past and what attention found."""
     for layer in self.recurrent:

@@ -40,10 +40,10 @@ def max_pool(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
       f"{height}x{width} pixels, got {size=}."
     )
   rows, columns = height - height % size, width - width % size
-  slices = (
-    x[:, i:rows:size, j:columns:size] for i in range(size) for j in range(size)
+  x = functools.reduce(jnp.maximum, (x[:, i:rows:size] for i in range(size)))
+  return functools.reduce(
+    jnp.maximum, (x[:, :, i:columns:size] for i in range(size))
   )
-  return functools.reduce(jnp.maximum, slices)
 
 
 class ConvolutionStage(nnx.Module):
@@ -102,10 +102,10 @@ class ConvolutionStage(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.norm = None
-    if norm is not None:
-      kind = nnx.LayerNorm if norm == "layer" else nnx.BatchNorm
-      self.norm = kind(out_channels, dtype=dtype, rngs=rngs)
+    norms = {"layer": nnx.LayerNorm, "batch": nnx.BatchNorm}
+    self.norm = (
+      norms[norm](out_channels, dtype=dtype, rngs=rngs) if norm else None
+    )
     self.activation = activations.activation(activation)
     self.pool = pool
     self.dropout = nnx.Dropout(dropout, rngs=rngs)
