@@ -114,27 +114,38 @@ def make_train_step(
   """
   tx = optax.with_extra_args_support(tx)
 
-  def train_step(state: TrainState, batch: Batch) -> TrainState:
-    value, grads, rest, metrics = _gradient(structure, spec, state, batch)
+  def advance(state: TrainState, found) -> TrainState:
+    value, grads, rest, metrics = found
     updates, opt_state = tx.update(
       grads, state.opt_state, state.params, value=value
     )
-    new = state._replace(
+    return state._replace(
       params=optax.apply_updates(state.params, updates),
       rest=rest,
       opt_state=opt_state,
       metrics=metrics_lib.merge(state.metrics, metrics),
       skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
     )
-    halted = state.skipped_in_a_row >= spec.max_skipped
-    finite = jnp.isfinite(value) & numerics.all_finite(grads)
-    bad = (~finite & ~halted).astype(jnp.int32)
-    old = state._replace(
-      skipped=state.skipped + bad,
-      skipped_in_a_row=state.skipped_in_a_row + bad,
+
+  def skip(state: TrainState, found) -> TrainState:
+    del found
+    return state._replace(
+      skipped=state.skipped + 1,
+      skipped_in_a_row=state.skipped_in_a_row + 1,
     )
-    state = numerics.select_tree(finite & ~halted, new, old)
-    return state._replace(step=state.step + (~halted).astype(jnp.int32))
+
+  def train_step(state: TrainState, batch: Batch) -> TrainState:
+    found = _gradient(structure, spec, state, batch)
+    value, grads, _, _ = found
+    finite = jnp.isfinite(value) & numerics.all_finite(grads)
+    halted = state.skipped_in_a_row >= spec.max_skipped
+    state = state._replace(step=state.step + (~halted).astype(jnp.int32))
+    # Branches, not `where`: choosing between the old and the new of donated
+    # arrays would keep both alive, and copy every moment of the optimizer.
+    branch = jnp.where(halted, 2, jnp.where(finite, 0, 1))
+    return jax.lax.switch(
+      branch, (advance, skip, lambda state, _: state), state, found
+    )
 
   return train_step
 

@@ -1,0 +1,110 @@
+import dataclasses
+import json
+
+import pytest
+from flax import nnx
+
+import deepseek_jax as dj
+from deepseek_jax.train import config
+
+
+def test_an_experiment_survives_json():
+  experiment = dj.train.Experiment(
+    model=dj.train.Classifier(channels=(8, 16), dropout=0.2),
+    optimizer=dj.train.Optimizer(layer_rules=((".*/bias", 2.0), (".*", 1.0))),
+    train=dj.train.Train(class_weights=(1.0, 2.0), patience=3),
+  )
+  fields = json.loads(json.dumps(dataclasses.asdict(experiment)))
+  assert config.from_json(dj.train.Experiment, fields) == experiment
+
+
+def test_an_unknown_field_names_the_nearest():
+  with pytest.raises(ValueError, match=r"Train has no field 'epoch'.*'epochs'"):
+    config.from_json(dj.train.Experiment, {"train": {"epoch": 3}})
+
+
+def test_every_field_of_the_classifier_reaches_the_model():
+  small = dj.train.Classifier(
+    channels=(4, 6),
+    kernel_size=5,
+    norm="batch",
+    sequence="positions",
+    lstm_features=12,
+    lstm_layers=2,
+    bidirectional=True,
+    num_heads=2,
+    head_dim=3,
+    pooling="attention",
+    dropout=0.3,
+    activation="gelu",
+    dtype="bfloat16",
+  )
+  schema = dj.data.load("digits").schema
+  model = small.build(schema, nnx.Rngs(0))
+  default = dj.train.Classifier().build(schema, nnx.Rngs(0))
+  for field in dataclasses.fields(small):
+    changed = dataclasses.replace(
+      dj.train.Classifier(), **{field.name: getattr(small, field.name)}
+    )
+    if changed == dj.train.Classifier():
+      continue
+    other = changed.build(schema, nnx.Rngs(0))
+    assert nnx.graphdef(other) != nnx.graphdef(default), field.name
+  shapes = {
+    path: leaf.shape
+    for path, leaf in zip(
+      *(lambda s: (dj.core.leaf_paths(s), __import__("jax").tree.leaves(s)))(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param))
+      ),
+      strict=True,
+    )
+  }
+  assert any(shape == (5, 5, 4, 6) for shape in shapes.values())
+
+
+@pytest.mark.parametrize(
+  ("schedule", "last"), [("cosine", 0.0), ("constant", 1e-2)]
+)
+def test_the_optimizer_follows_its_schedule(schedule, last):
+  import jax.numpy as jnp
+
+  optimizer = dj.train.Optimizer(
+    learning_rate=1e-2, warmup_steps=4, schedule=schedule
+  )
+  tx = optimizer.build(total_steps=20)
+  params = {"w": jnp.ones((2, 2))}
+  state = tx.init(params)
+  rates = []
+  for _ in range(21):
+    _, state = tx.update(params, state, params)
+    rates.append(float(dj.optim.learning_rates(state, params)["w"]))
+  assert rates[:4] == sorted(rates[:4])
+  assert max(rates) <= 1e-2 * (1 + 1e-6)
+  assert abs(rates[-1] - last) < 1e-6
+
+
+def test_a_model_of_your_own_needs_only_build():
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Linear:
+    scale: float = 1.0
+
+    def build(self, schema, rngs):
+      size = 64
+      return nnx.Sequential(
+        lambda x: x.reshape(len(x), size),
+        nnx.Linear(size, schema.num_classes, rngs=rngs),
+      )
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Mine(dj.train.Experiment):
+    model: Linear = Linear()
+
+  model = Mine().build_model(dj.data.load("digits").schema)
+  import jax.numpy as jnp
+
+  assert model(jnp.zeros((2, 8, 8, 1))).shape == (2, 10)
+
+
+def test_the_classifier_refuses_data_without_images(problem):
+  with pytest.raises(ValueError, match="needs one input, an image, and a label"):
+    dj.train.Classifier().build(problem.schema, nnx.Rngs(0))
