@@ -2,7 +2,10 @@
 
 import contextlib
 import errno
+import logging
+import os
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +18,15 @@ from deepseek_jax.core import tree
 from deepseek_jax.train.state import TrainState
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Whether a log record says what no exception will."""
+  return "orbax" not in record.pathname or record.levelno < logging.ERROR
+
+
+# Orbax logs the errors of its threads, a screenful each, and raises them too.
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class CheckpointError(OSError):
@@ -42,6 +54,8 @@ class Checkpoints:
     self, directory: pathlib.Path, *, keep: int = 2, read_only: bool = False
   ):
     self.directory = directory
+    if not read_only:
+      _sweep(directory)
     self._policy = _LatestAndBest(keep)
     self._manager = ocp.CheckpointManager(
       directory.absolute(),
@@ -53,7 +67,6 @@ class Checkpoints:
       },
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
-        cleanup_tmp_directories=not read_only,
         create=not read_only,
         read_only=read_only,
         enable_async_checkpointing=True,
@@ -252,6 +265,16 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
     ]
 
 
+def _sweep(directory: pathlib.Path) -> None:
+  """Removes what killed saves left behind.
+
+  Orbax does so only for leftovers that already hold its metadata; a process
+  killed earlier than that would block the next save of the same step.
+  """
+  for leftover in directory.glob("*.orbax-checkpoint-tmp*"):
+    shutil.rmtree(leftover)
+
+
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (model, training) as flat dicts from path to array."""
   flat = dict(
@@ -284,10 +307,9 @@ def _full_disk(error: BaseException | None) -> OSError | None:
   while error is not None:
     if isinstance(error, OSError) and error.errno in _FULL:
       return error
+    # Tensorstore tells the code of the operating system in words only.
     for code in _FULL:
-      name = errno.errorcode[code]
-      words = {"ENOSPC": "No space left", "EFBIG": "File too large"}.get(name)
-      if words and words in str(error):
-        return OSError(code, words)
+      if os.strerror(code) in str(error):
+        return OSError(code, os.strerror(code))
     error = error.__cause__ or error.__context__
   return None

@@ -129,7 +129,7 @@ class Train:
   """How long to train and what to watch; fields as in `train.fit`."""
 
   # Passes over the training split.
-  epochs: float | None = 40
+  epochs: int | float | None = 40
   # Optimizer steps; whichever of both comes first ends the run.
   steps: int | None = None
   # Micro-batches a step is cut into.
@@ -153,7 +153,7 @@ class Train:
   # Steps between log lines.
   log_every: int = 50
   # Seconds between checkpoints, beside those of the best evaluations.
-  checkpoint_seconds: float = 30.0
+  checkpoint_seconds: int | float = 30.0
   # Non-finite steps in a row that end the run.
   max_skipped: int = 10
   # Whether to show a progress bar or lines.

@@ -13,6 +13,25 @@ from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.step import StepSpec, jit_once, make_eval_step
 
 
+_ROWS = 512
+
+
+def batch_rows(placement: Placement, *splits: data_lib.Split) -> int:
+  """Returns a batch size that fits every split and shares out over devices.
+
+  Raises:
+    ValueError: If a split has fewer examples than there are devices.
+  """
+  rows = min(_ROWS, *map(len, splits))
+  shared = rows - rows % placement.mesh.size
+  if not shared:
+    raise ValueError(
+      f"a split must hold at least {placement.mesh.size} examples to be "
+      f"evaluated, one a device, got {rows}."
+    )
+  return shared
+
+
 class Evaluator:
   """Runs one jitted evaluation step over any split of a data set.
 

@@ -50,7 +50,7 @@ def fit(
   min_delta: float = 0.0,
   evaluate_every: int | None = None,
   log_every: int = 50,
-  checkpoint_seconds: float = 30.0,
+  checkpoint_seconds: int | float = 30.0,
   keep: int = 2,
   max_skipped: int = 10,
   mesh: Mesh | None = None,

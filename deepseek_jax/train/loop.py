@@ -38,7 +38,7 @@ class Schedule:
   steps_per_epoch: int
   evaluate_every: int
   log_every: int
-  checkpoint_seconds: float
+  checkpoint_seconds: int | float
   max_skipped: int
 
   def __post_init__(self):

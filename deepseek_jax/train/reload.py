@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Literal
 
+import jax
 from flax import nnx
 
 from deepseek_jax import data as data_lib
@@ -13,7 +14,7 @@ from deepseek_jax.train import config as config_lib
 from deepseek_jax.train import run_directory
 from deepseek_jax.train import state as state_lib
 from deepseek_jax.train.checkpoint import Checkpoints
-from deepseek_jax.train.evaluation import Evaluator
+from deepseek_jax.train.evaluation import Evaluator, batch_rows
 from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.step import StepSpec
 
@@ -79,11 +80,14 @@ def evaluate(
   """
   experiment, model = load_model(workdir, kind=kind)
   data = dataclasses.replace(experiment.data, data_dir=data_dir).load()
-  structure, params, rest = state_lib.split(model)
+  placement = Placement()
+  structure, *weights = state_lib.split(model)
+  params, rest = jax.device_put(weights, placement.replicated)
+  chosen = getattr(data, split)
   evaluator = Evaluator(
     structure,
     StepSpec.of(data.schema, experiment.build_loss(data.schema)),
-    batch_size=min(512, len(getattr(data, split))),
-    placement=Placement(),
+    batch_size=batch_rows(placement, chosen),
+    placement=placement,
   )
-  return evaluator.metrics(params, rest, getattr(data, split))
+  return evaluator.metrics(params, rest, chosen)

@@ -21,7 +21,7 @@ from deepseek_jax.train import run_directory
 from deepseek_jax.train import state as state_lib
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
-from deepseek_jax.train.evaluation import Evaluator, predictions
+from deepseek_jax.train.evaluation import Evaluator, batch_rows, predictions
 from deepseek_jax.train.loop import Loop, Schedule
 from deepseek_jax.train.monitor import Monitor
 from deepseek_jax.train.placement import Placement
@@ -33,9 +33,6 @@ from deepseek_jax.train.step import (
   make_eval_step,
   make_train_step,
 )
-
-_EVALUATION_BATCH = 512
-
 
 class Session:
   """Binds a model, a transform and data to compiled steps on a mesh.
@@ -83,7 +80,7 @@ class Session:
     self.evaluator = Evaluator(
       evaluation,
       spec,
-      batch_size=_evaluation_batch(data, placement),
+      batch_size=batch_rows(placement, data.validation, data.test),
       placement=placement,
     )
 
@@ -268,15 +265,3 @@ class Session:
         f"model must return logits [batch, {classes}] for the classes of "
         f"{self._data.name!r}, got an output of shape {list(outputs.shape)}."
       )
-
-
-def _evaluation_batch(data: data_lib.Dataset, placement: Placement) -> int:
-  """Returns a batch size that fits every split, and the devices."""
-  rows = min(_EVALUATION_BATCH, len(data.validation), len(data.test))
-  shared = rows - rows % placement.mesh.size
-  if not shared:
-    raise ValueError(
-      f"validation and test splits must hold at least {placement.mesh.size} "
-      f"examples, one a device, got {rows}."
-    )
-  return shared

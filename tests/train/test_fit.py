@@ -136,7 +136,8 @@ def test_fit_runs_in_a_thread(run):
 @pytest.mark.parametrize("patience", [None, 2])
 def test_the_model_ends_with_its_best_weights(run, problem, patience):
   # A rate this high makes the last evaluation worse than the best.
-  result = run(tx=optax.adam(0.3), epochs=10, patience=patience)
+  epochs = 40 if patience else 10
+  result = run(tx=optax.adam(0.3), epochs=epochs, patience=patience)
   losses = {r["step"]: r["validation/loss"] for r in result.history}
   assert result.best_step == min(losses, key=losses.get) < max(losses)
   assert result.ended_by == ("early stopping" if patience else "epochs")
