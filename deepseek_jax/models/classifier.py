@@ -75,7 +75,7 @@ class Classifier(nnx.Module):
     image_shape: Sequence[int],
     num_classes: int,
     *,
-    channels: Sequence[int] = (32,),
+    channels: Sequence[int] = (32, 64),
     kernel_size: int = 3,
     norm: Literal["layer", "batch"] | None = None,
     pool: int = 2,
@@ -148,12 +148,16 @@ class Classifier(nnx.Module):
       Unnormalized log probabilities, or the predictions of a regression.
 
     Raises:
-      ValueError: the images are not a batch of `image_shape`.
+      ValueError: the images are not a batch of `image_shape`, or not floats.
     """
     if images.shape[1:] != self.image_shape:
+      sizes = ", ".join(map(str, self.image_shape))
       raise ValueError(
-        f"images must be a batch of shape (B, "
-        f"{', '.join(map(str, self.image_shape))}), got {images.shape=}."
+        f"images must be a batch of shape (B, {sizes}), got {images.shape=}."
+      )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+      raise ValueError(
+        f"images must be floats, scaled to about [0, 1], got {images.dtype=}."
       )
     tokens, mask = self.inputs(images)
     logits = self.decision(self.features(tokens, mask), mask)

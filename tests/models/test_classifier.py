@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -19,6 +20,12 @@ def classifier(shape=SHAPE, **kwargs):
   return models.Classifier(shape, CLASSES, **kwargs, rngs=nnx.Rngs(0))
 
 
+def traced_shape(shape=SHAPE, **kwargs):
+  """Builds and calls a classifier, and computes nothing."""
+  run = lambda x: classifier(shape, **kwargs)(x)
+  return jax.eval_shape(run, images(shape)).shape
+
+
 @pytest.fixture
 def untyped(monkeypatch):
   """Switches the type checker of the tests off, as it is for users."""
@@ -30,8 +37,7 @@ def untyped(monkeypatch):
 )
 @pytest.mark.parametrize("sequence", ["rows", "positions"])
 def test_shapes_follow_the_image(shape, sequence):
-  model = classifier(shape, sequence=sequence)
-  assert model(images(shape)).shape == (2, CLASSES)
+  assert traced_shape(shape, sequence=sequence) == (2, CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_shapes_follow_the_image(shape, sequence):
   ids=str,
 )
 def test_depth_and_width_are_arguments(kwargs):
-  assert classifier(**kwargs)(images()).shape == (2, CLASSES)
+  assert traced_shape(**kwargs) == (2, CLASSES)
 
 
 def test_rows_and_positions_cut_the_same_pixels():
@@ -177,6 +183,11 @@ def test_image_shapes_that_are_none_are_named(untyped, shape):
 def test_images_of_another_shape_are_named(untyped, shape):
   with pytest.raises(ValueError, match=r"^images must .* \(B, 8, 6, 2\), got"):
     classifier()(jnp.zeros(shape))
+
+
+def test_images_of_whole_numbers_are_named(untyped):
+  with pytest.raises(ValueError, match=r"^images must be floats, .*uint8"):
+    classifier()(jnp.zeros((2, *SHAPE), jnp.uint8))
 
 
 def test_bfloat16_follows_float32():
