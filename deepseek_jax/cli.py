@@ -1,7 +1,7 @@
 """The command line: `deepseek-jax train FILE.py`, `evaluate RUN`, `report RUN`.
 
 Exit codes: 0 done; 2 the input was wrong (one line says how); 3 the loss stayed
-non-finite; 4 a checkpoint could not be written; 75 stopped by SIGTERM or
+non-finite; 4 a file could not be written; 75 stopped by SIGTERM or
 SIGINT after writing a checkpoint, run the same command again to go on.
 """
 
@@ -22,7 +22,7 @@ OK, BAD_INPUT, NON_FINITE, NOT_WRITTEN, STOPPED = 0, 2, 3, 4, 75
 
 _EXIT_CODES = (
   "exit codes: 0 done · 2 wrong input · 3 loss stayed non-finite · "
-  "4 checkpoint not written · 75 stopped by a signal, run again to go on"
+  "4 file not written · 75 stopped by a signal, run again to go on"
 )
 
 
@@ -49,11 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
   except (ValueError, FileNotFoundError) as error:
     return _fail(error, BAD_INPUT)
   except OSError as error:
-    from deepseek_jax.train.checkpoint import CheckpointError
-
-    if isinstance(error, CheckpointError):
-      return _fail(error, NOT_WRITTEN)
-    raise
+    return _fail(error, NOT_WRITTEN)
 
 
 def train(
@@ -79,16 +75,22 @@ def train(
   )
   result = experiment.run()
   if not result.complete:
-    print(f"stopped by {result.ended_by} at step {result.steps}; the same "
-          f"command goes on from there", file=sys.stderr)
+    print(
+      f"stopped by {result.ended_by} at step {result.steps}; the same "
+      f"command goes on from there",
+      file=sys.stderr,
+    )
     return STOPPED
   _print_metrics(result.metrics)
   from deepseek_jax.train.report import write_report
 
   print(f"report: {write_report(result.workdir)}")
   if result.ended_by == "non-finite":
-    print(f"the loss stayed non-finite from step {result.steps} on; the best "
-          f"weights, of step {result.best_step}, were kept", file=sys.stderr)
+    print(
+      f"the loss stayed non-finite from step {result.steps} on; the best "
+      f"weights, of step {result.best_step}, were kept",
+      file=sys.stderr,
+    )
     return NON_FINITE
   return OK
 
@@ -107,9 +109,7 @@ def evaluate(
   """
   from deepseek_jax import train as train_lib
 
-  kind = (
-    train_lib.Experiment if file is None else type(_load_experiment(file))
-  )
+  kind = train_lib.Experiment if file is None else type(_load_experiment(file))
   print(json.dumps(train_lib.evaluate(run, split=split, kind=kind), indent=2))
   return OK
 
@@ -134,7 +134,9 @@ def _load_experiment(file: pathlib.Path) -> "Experiment":
   if spec is None or spec.loader is None:
     raise ValueError(f"file must be a Python file, got {str(file)!r}.")
   module = importlib.util.module_from_spec(spec)
-  sys.modules[module.__name__] = module  # Type hints of its classes are looked up.
+  sys.modules[module.__name__] = (
+    module  # Type hints of its classes are looked up.
+  )
   spec.loader.exec_module(module)
   from deepseek_jax.train.config import Experiment
 

@@ -10,9 +10,15 @@ from deepseek_jax.train import Classifier, Data, Experiment, Optimizer, Train
 
 experiment = Experiment(
   data=Data(name="digits", batch_size=64),
-  model=Classifier(channels=(32,), lstm_features=64, num_heads=4, dropout=0.1),
+  model=Classifier(
+    channels=(32, 64),  # Two stages, 8 x 8 -> 2 x 2 pixels.
+    sequence="positions",  # Each of the four is a step of the LSTM.
+    lstm_features=64,
+    num_heads=4,
+    dropout=0.1,
+  ),
   optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50, schedule="cosine"),
-  train=Train(epochs=40, patience=15, monitor="validation/loss"),
+  train=Train(epochs=40, patience=15, label_smoothing=0.05),
   seed=0,
   workdir="runs/digits",
 )

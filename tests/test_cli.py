@@ -20,7 +20,9 @@ TINY = ("--train.epochs", "2", "--model.channels", "4", "--train.no-progress")
 
 def run(*words):
   """Runs the command in a process of its own, as a person does."""
-  environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+  environment = {
+    k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"
+  }
   return subprocess.run(
     [sys.executable, "-m", "deepseek_jax.cli", *map(str, words)],
     capture_output=True,
@@ -123,7 +125,9 @@ def test_top_help_lists_commands(capsys):
     ),
   ],
 )
-def test_bad_input_is_one_clear_line(words, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_clear_line(
+  words, message, capsys, tmp_path, monkeypatch
+):
   monkeypatch.chdir(tmp_path)
   try:
     code = cli.main(words)

@@ -62,7 +62,8 @@ class Checkpoints:
       item_handlers={
         "model": ocp.StandardCheckpointHandler(),
         "training": ocp.StandardCheckpointHandler(),
-        "data": grain.checkpoint.CheckpointHandler(),
+        # Orbax takes it by its methods, not by its class.
+        "data": grain.checkpoint.CheckpointHandler(),  # pyrefly: ignore
         "progress": ocp.JsonCheckpointHandler(),
       },
       options=ocp.CheckpointManagerOptions(
@@ -183,15 +184,11 @@ class Checkpoints:
       ValueError: If the checkpoint is of another model; lists the leaves.
     """
     like = {"params": params, "rest": rest}
-    model = dict(
-      zip(tree.leaf_paths(like), jax.tree.leaves(like), strict=True)
-    )
+    model = dict(zip(tree.leaf_paths(like), jax.tree.leaves(like), strict=True))
     self._check(step, "model", model)
     flat = self._manager.restore(
       step,
-      args=ocp.args.Composite(
-        model=ocp.args.StandardRestore(_abstract(model))
-      ),
+      args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(model))),
     )["model"]
     both = jax.tree.unflatten(
       jax.tree.structure(like), [flat[path] for path in model]
@@ -277,9 +274,7 @@ def _sweep(directory: pathlib.Path) -> None:
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (model, training) as flat dicts from path to array."""
-  flat = dict(
-    zip(tree.leaf_paths(state), jax.tree.leaves(state), strict=True)
-  )
+  flat = dict(zip(tree.leaf_paths(state), jax.tree.leaves(state), strict=True))
   model = {
     path: leaf
     for path, leaf in flat.items()

@@ -45,7 +45,7 @@ class Classifier:
   """The CNN -> LSTM -> attention classifier; see `models.Classifier`."""
 
   # Output channels of each convolution stage.
-  channels: tuple[int, ...] = (32,)
+  channels: tuple[int, ...] = (32, 64)
   # Side of the convolution kernels, in pixels.
   kernel_size: int = 3
   # Normalization after every convolution.
@@ -200,9 +200,7 @@ class Experiment:
       ValueError: As `train.fit`.
     """
     data = self.data.load()
-    per_epoch = data_lib.steps_per_epoch(
-      len(data.train), self.data.batch_size
-    )
+    per_epoch = data_lib.steps_per_epoch(len(data.train), self.data.batch_size)
     total, _ = total_steps(self.train.epochs, self.train.steps, per_epoch)
     options = {
       field.name: getattr(self.train, field.name)
@@ -233,7 +231,7 @@ _FREE = {
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
   """Returns the fields that decide a run's numbers, as plain JSON."""
-  fields = dataclasses.asdict(experiment)
+  fields: dict[str, Any] = dataclasses.asdict(experiment)
   for name, free in _FREE.items():
     if free is None:
       del fields[name]

@@ -28,7 +28,8 @@ class EarlyStopping:
 
   Examples:
     >>> stopping = EarlyStopping(monitor="validation/loss", patience=2)
-    >>> [stopping.update(value, step) for step, value in enumerate([3.0, 2.0, 5.0])]
+    >>> values = [3.0, 2.0, 5.0]
+    >>> [stopping.update(value, step) for step, value in enumerate(values)]
     [True, True, False]
     >>> stopping.best_step, stopping.should_stop
     (1, False)

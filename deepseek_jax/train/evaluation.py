@@ -12,7 +12,6 @@ from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.step import StepSpec, jit_once, make_eval_step
 
-
 _ROWS = 512
 
 
@@ -123,7 +122,9 @@ def predictions(
   if classification:
     badness = _confidence_in_wrong(outputs, targets)
   else:
-    error = outputs.reshape(len(outputs), -1) - targets.reshape(len(targets), -1)
+    error = outputs.reshape(len(outputs), -1) - targets.reshape(
+      len(targets), -1
+    )
     badness = np.square(error).mean(axis=1)
   worst = np.argsort(-badness, kind="stable")[:pictures]
   result = {
@@ -149,5 +150,3 @@ def _confidence_in_wrong(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   right = p[rows, labels].copy()
   p[rows, labels] = -1
   return p.max(axis=1) - right
-
-

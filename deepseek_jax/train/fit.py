@@ -24,8 +24,20 @@ from deepseek_jax.train.step import StepSpec
 
 # Arguments that do not change a run's numbers, or are compared by themselves.
 _NOT_IDENTITY = frozenset(
-  ("model", "tx", "data", "workdir", "loss", "config", "mesh", "prefetch")
-  + ("progress", "tensorboard", "checkpoint_seconds", "keep")
+  [
+    "model",
+    "tx",
+    "data",
+    "workdir",
+    "loss",
+    "config",
+    "mesh",
+    "prefetch",
+    "progress",
+    "tensorboard",
+    "checkpoint_seconds",
+    "keep",
+  ]
 )
 
 
@@ -130,9 +142,7 @@ def fit(
     True
   """
   arguments = {
-    name: value
-    for name, value in locals().items()
-    if name not in _NOT_IDENTITY
+    name: value for name, value in locals().items() if name not in _NOT_IDENTITY
   }
   _check_sizes(len(data.train), batch_size, accumulate, clip_norm, keep)
   spec = StepSpec.of(
@@ -172,7 +182,9 @@ def fit(
     "parameters": session.parameters(),
   }
   run = RunDirectory(workdir, identity)
-  with contextlib.closing(Checkpoints(run.checkpoints, keep=keep)) as checkpoints:
+  with contextlib.closing(
+    Checkpoints(run.checkpoints, keep=keep)
+  ) as checkpoints:
     earlier = run.result()
     if earlier is not None and earlier["complete"]:
       return session.finished(earlier, run, checkpoints)
@@ -214,7 +226,7 @@ def _check_monitor(monitor: str, classification: bool) -> None:
   second = "accuracy" if classification else "rmse"
   known = ["validation/loss", f"validation/{second}"]
   if monitor not in known:
-    near = difflib.get_close_matches(monitor, known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(monitor, known, n=1, cutoff=0.0)[0]
     raise ValueError(
-      f"monitor must be one of {known}, got {monitor=}; did you mean {near[0]!r}?"
+      f"monitor must be one of {known}, got {monitor=}; did you mean {near!r}?"
     )

@@ -1,4 +1,4 @@
-"""The training loop: dispatch steps, look now and then, survive being killed."""
+"""The training loop: dispatch steps, look now and then, outlive a kill."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 
@@ -98,7 +99,7 @@ class Loop:
     *,
     state: TrainState,
     train_step: Callable[[TrainState, Any], TrainState],
-    stream: Iterator[Any],
+    stream: grain.DatasetIterator,
     evaluate: Callable[[Any, Any], dict[str, float]],
     learning_rates: Callable[[Any, Any], dict[str, Any]] | None,
     stopping: EarlyStopping,
@@ -148,13 +149,15 @@ class Loop:
 
   def _steps(self, step: int, stop: StopSignal) -> int:
     """Dispatches steps up to the next event or signal; returns where it is."""
-    state, stream, train_step = self.state, self._stream, self._train_step
-    advance, until = self._monitor.advance, self._schedule.next_event(step)
-    while step < until and stop.name is None:
-      state = train_step(state, next(stream))
-      step += 1
-      advance(step)
-    self.state = state
+    self.state, step = take_steps(
+      self.state,
+      self._train_step,
+      self._stream,
+      first=step,
+      last=self._schedule.next_event(step),
+      stop=stop,
+      advance=self._monitor.advance,
+    )
     return step
 
   def _look(self, step: int) -> None:
@@ -181,7 +184,7 @@ class Loop:
 
   def _evaluation(self, step: int) -> bool:
     """Evaluates, completes the pending record; returns whether it is best."""
-    extra = {"steps_per_second": self._speed(step)}
+    extra: dict[str, Any] = {"steps_per_second": self._speed(step)}
     found = self._evaluate(self.state.params, self.state.rest)
     extra |= found
     if self._learning_rates is not None:
@@ -243,6 +246,38 @@ class Loop:
     if step >= self._schedule.total:
       return self._schedule.limit
     return stop.name
+
+
+def take_steps(
+  state: TrainState,
+  train_step: Callable[[TrainState, Any], TrainState],
+  stream: Iterator[Any],
+  *,
+  first: int,
+  last: int,
+  stop: StopSignal,
+  advance: Callable[[int], None],
+) -> tuple[TrainState, int]:
+  """Dispatches steps and waits for none of them: the hot loop.
+
+  Args:
+    state: Where to start; donated.
+    train_step: The jitted step.
+    stream: Iterator over batches.
+    first: Number of steps taken before.
+    last: Number of steps to reach.
+    stop: Ends the loop after the current step.
+    advance: Told the number of steps after each.
+
+  Returns:
+    The state, perhaps still being computed, and the number of steps taken.
+  """
+  step = first
+  while step < last and stop.name is None:
+    state = train_step(state, next(stream))
+    step += 1
+    advance(step)
+  return state, step
 
 
 @jax.jit

@@ -72,7 +72,9 @@ class CrossEntropy:
     weights = self.class_weights
     if weights is None:
       return
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(
+      weights
+    ):
       raise ValueError(
         "class_weights must be finite, at least 0 and not all 0, got "
         f"{self.class_weights=}."

@@ -24,7 +24,14 @@ from typing import Any
 import jax
 
 FORMAT = 1
-_PACKAGES = ("deepseek-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+_PACKAGES = (
+  "deepseek-jax",
+  "jax",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+)
 
 
 class RunDirectory:
@@ -44,7 +51,9 @@ class RunDirectory:
     self.path = pathlib.Path(path)
     identity = json.loads(json.dumps(identity))
     if self.path.exists() and not self.path.is_dir():
-      raise ValueError(f"workdir must be a directory, got the file {self.path}.")
+      raise ValueError(
+        f"workdir must be a directory, got the file {self.path}."
+      )
     try:
       names = os.listdir(self.path) if self.path.exists() else []
     except OSError as error:

@@ -34,6 +34,7 @@ from deepseek_jax.train.step import (
   make_train_step,
 )
 
+
 class Session:
   """Binds a model, a transform and data to compiled steps on a mesh.
 
@@ -213,14 +214,15 @@ class Session:
     best = stopping.best_step
     params, rest = self._load_best(best, int(self.state.step), checkpoints)
     if not complete:  # Whoever sent the signal may not wait for long.
-      return {} if best is None else {stopping.monitor: stopping.best}
+      value = stopping.best
+      return {} if value is None else {stopping.monitor: value}
     data, spec = self._data, self._spec
     outputs, targets = self.evaluator.predict(params, rest, data.test)
     found = predictions(
       outputs, targets, data.test, classification=spec.classification
     )
     partial = run.path / "predictions.partial.npz"
-    np.savez(partial, **found)
+    np.savez(partial, **found)  # pyrefly: ignore[bad-argument-type]
     os.replace(partial, run.path / "predictions.npz")
     return {
       **self.evaluator.metrics(params, rest, data.validation),
@@ -242,7 +244,7 @@ class Session:
     return self.evaluator.metrics(params, rest, self._data.validation)
 
   def _learning_rates(self) -> Callable[[Any, Any], dict[str, Any]] | None:
-    """Returns the jitted read-back of learning rates, None if all are hidden."""
+    """Returns the jitted read-back of rates, None if all are hidden."""
     read = functools.partial(optim.learning_rates, strict=False)
     found = jax.eval_shape(read, self.state.opt_state, self.state.params)
     return jax.jit(read) if found else None

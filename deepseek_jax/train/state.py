@@ -87,7 +87,7 @@ def create(
   _, params, rest = split(model)
   if not jax.tree.leaves(params):
     raise ValueError(
-      f"model must have nnx.Param variables to train, got none in {type(model)}."
+      f"model must have nnx.Param variables, got none in {type(model)}."
     )
   params, rest = jax.tree.map(jnp.copy, (params, rest))
   return TrainState(

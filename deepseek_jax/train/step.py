@@ -163,9 +163,7 @@ def _gradient(
     losses = spec.loss(outputs, micro[spec.target])
     value = scale * jnp.sum(weights * losses)
     if spec.l1 or spec.l2:
-      value += (
-        losses_lib.penalty(params, spec.l1, spec.l2) / spec.accumulate
-      )
+      value += losses_lib.penalty(params, spec.l1, spec.l2) / spec.accumulate
     metrics = metrics_lib.measure(
       losses,
       outputs,

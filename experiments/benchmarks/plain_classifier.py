@@ -1,8 +1,8 @@
-"""The default classifier by hand: plain functions over a dict of arrays.
+"""The classifier of experiments/digits.py by hand: functions over a dict.
 
 What a person would write who wants nothing but speed. It reads the parameter
-tree of `models.Classifier`, so that both hold the same arrays, and a test holds
-the two to equal logits.
+tree of `models.Classifier`, so that both hold the same arrays; the benchmark
+`train_step.py` first holds the two to equal logits.
 """
 
 import jax
@@ -44,7 +44,10 @@ def attention(params, tokens, heads):
   """Returns multi-head self-attention over tokens [B, T, D]."""
   shape = (*tokens.shape[:2], heads, -1)
   read = jax.nn.dot_product_attention(
-    *(linear(params[n], tokens).reshape(shape) for n in ("query", "key", "value"))
+    *(
+      linear(params[n], tokens).reshape(shape)
+      for n in ("query", "key", "value")
+    )
   )
   return linear(params["out"], read.reshape(*tokens.shape[:2], -1))
 
@@ -57,24 +60,33 @@ def layer_norm(params, x):
   return (x - mean) * jax.lax.rsqrt(variance + 1e-6) * scale + bias
 
 
-def logits(params, images, *, heads, rate, key=None):
-  """Returns the classifier's logits; drops nothing without a key."""
-  keys = [None] * 4 if key is None else jax.random.split(key, 4)
-  stage = params["inputs"]["stages"][0]["convolution"]
+def stage(params, x):
+  """Returns convolution, ReLU and 2 x 2 max pooling of x [B, H, W, C]."""
+  params = params["convolution"]
   x = jax.lax.conv_general_dilated(
-    images, stage["kernel"], (1, 1), "SAME",
+    x,
+    params["kernel"],
+    (1, 1),
+    "SAME",
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
-  x = jax.nn.relu(x + stage["bias"][None, None, None])
-  x = jnp.maximum(
+  x = jax.nn.relu(x + params["bias"][None, None, None])
+  return jnp.maximum(
     jnp.maximum(x[:, ::2, ::2], x[:, ::2, 1::2]),
     jnp.maximum(x[:, 1::2, ::2], x[:, 1::2, 1::2]),
   )
-  x = dropout(x, rate, keys[0])
-  x = x.reshape(*x.shape[:2], -1)
+
+
+def logits(params, images, *, heads, rate, key=None):
+  """Returns the digits experiment's logits; drops nothing without a key."""
+  keys = [None] * 5 if key is None else jax.random.split(key, 5)
+  x = images
+  for i in range(2):
+    x = dropout(stage(params["inputs"]["stages"][i], x), rate, keys[i])
+  x = x.reshape(len(x), -1, x.shape[-1])
   x = lstm(params["features"]["recurrent"][0], x.swapaxes(0, 1)).swapaxes(0, 1)
-  x = dropout(x, rate, keys[1])
+  x = dropout(x, rate, keys[2])
   block = params["features"]["attention"]
   read = attention(block["attention"], layer_norm(block["norm"], x), heads)
-  x = x + dropout(read, rate, keys[2])
-  return linear(params["decision"]["linear"], dropout(x[:, -1], rate, keys[3]))
+  x = x + dropout(read, rate, keys[3])
+  return linear(params["decision"]["linear"], dropout(x[:, -1], rate, keys[4]))

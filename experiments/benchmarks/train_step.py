@@ -9,8 +9,10 @@ but the loss, no skipping of non-finite steps, no checkpoints.
   uv run experiments/benchmarks/train_step.py
 """
 
+import functools
 import itertools
 import pathlib
+import runpy
 import tempfile
 from collections.abc import Callable, Iterator
 
@@ -23,9 +25,12 @@ import plain_classifier
 from flax import nnx
 
 import deepseek_jax as dj
+from deepseek_jax.train.loop import take_steps
+from deepseek_jax.train.monitor import Monitor
 from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.session import Session
 from deepseek_jax.train.signals import StopSignal
+from deepseek_jax.train.state import split
 from deepseek_jax.train.step import StepSpec
 
 STEPS = 200
@@ -40,6 +45,7 @@ class Mlp(nnx.Module):
     self.head = nnx.Linear(16, 3, rngs=rngs)
 
   def __call__(self, x):
+    """Returns the logits."""
     return self.head(nnx.relu(self.hidden(x)))
 
 
@@ -50,8 +56,11 @@ def plain_mlp(params, x, key):
 
 
 def plain_loop(
-  forward: Callable, params: dict, tx: optax.GradientTransformation,
-  x: np.ndarray, y: np.ndarray,
+  forward: Callable,
+  params: dict,
+  tx: optax.GradientTransformation,
+  x: np.ndarray,
+  y: np.ndarray,
 ) -> Callable[[], None]:
   """Returns a function that runs STEPS steps the hand-written way."""
 
@@ -80,6 +89,7 @@ def plain_loop(
 
   def run() -> None:
     params, opt_state, key = held
+    loss = None
     for chosen in itertools.islice(index, STEPS):
       params, opt_state, key, loss = jitted(
         params, opt_state, key, x[chosen], y[chosen]
@@ -98,45 +108,27 @@ def our_loop(
     model, tx, data, StepSpec.of(data.schema), Placement(), BATCH
   )
   weights = jax.tree.map(jnp.copy, session.state.params)
-  loop = _loop(session)
+  stream = session.stream(0, None)
+  root = tempfile.mkdtemp()
+  quiet = Monitor(
+    pathlib.Path(root), total=STEPS, done=0, progress=False, tensorboard=False
+  )
+  held = [session.state]
 
   def run() -> None:
     with StopSignal() as stop:
-      loop._steps(0, stop)
-    jax.block_until_ready(loop.state.step)
+      held[0], _ = take_steps(
+        held[0],
+        session.train_step,
+        stream,
+        first=0,
+        last=STEPS,
+        stop=stop,
+        advance=quiet.advance,
+      )
+    jax.block_until_ready(held[0].step)
 
   return run, weights
-
-
-def _loop(session: Session):
-  """Returns the library's loop, with nothing to look at for STEPS steps."""
-  from deepseek_jax.train.early_stopping import EarlyStopping
-  from deepseek_jax.train.loop import Loop, Schedule
-  from deepseek_jax.train.monitor import Monitor
-
-  root = pathlib.Path(tempfile.mkdtemp())
-  schedule = Schedule(
-    total=STEPS,
-    limit="steps",
-    steps_per_epoch=STEPS,
-    evaluate_every=STEPS,
-    log_every=STEPS,
-    checkpoint_seconds=1e9,
-    max_skipped=10,
-  )
-  quiet = Monitor(root, total=STEPS, done=0, progress=False, tensorboard=False)
-  return Loop(
-    schedule,
-    state=session.state,
-    train_step=session.train_step,
-    stream=session.stream(0, None),
-    evaluate=None,
-    learning_rates=None,
-    stopping=EarlyStopping(),
-    run=None,
-    checkpoints=None,
-    monitor=quiet,
-  )
 
 
 def small_data() -> dj.data.Dataset:
@@ -147,6 +139,21 @@ def small_data() -> dj.data.Dataset:
   return dj.data.from_arrays(split, split, split, inputs=("x",), target="y")
 
 
+def experiment() -> dj.train.Experiment:
+  """Returns the default experiment."""
+  path = pathlib.Path(__file__).parents[1] / "digits.py"
+  return runpy.run_path(str(path))["experiment"]
+
+
+def check_equal(model: nnx.Module, forward: Callable) -> None:
+  """Raises when the two sides are not the same model."""
+  images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1))
+  model.eval()
+  ours = model(images)
+  plain = forward(split(model)[1], images)
+  np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
 def main() -> None:
   """Times both pairs and writes the result."""
   bench = harness.Benchmark("train_step", harness.flags(__doc__))
@@ -154,7 +161,10 @@ def main() -> None:
   ours, weights = our_loop(Mlp(rngs=nnx.Rngs(0)), optax.adamw(1e-3), data)
   stored = data.train[:]
   plain = plain_loop(
-    plain_mlp, weights, optax.adamw(1e-3), stored["x"],
+    plain_mlp,
+    weights,
+    optax.adamw(1e-3),
+    stored["x"],
     stored["y"].astype(np.int32),
   )
   bench.compare(
@@ -162,14 +172,16 @@ def main() -> None:
   )
 
   digits = dj.data.load("digits")
-  model = dj.models.Classifier((8, 8, 1), 10, rngs=nnx.Rngs(0))
-  heads, rate = model.features.attention.attention.num_heads, 0.1
+  sizes = experiment().model
+  model = sizes.build(digits.schema, nnx.Rngs(0))
+  forward = functools.partial(
+    plain_classifier.logits, heads=sizes.num_heads, rate=sizes.dropout
+  )
+  check_equal(model, forward)
   ours, weights = our_loop(model, optax.adamw(1e-3), digits)
   stored = digits.train[:]
   plain = plain_loop(
-    lambda p, x, key: plain_classifier.logits(
-      p, x, heads=heads, rate=rate, key=key
-    ),
+    lambda params, x, key: forward(params, x, key=key),
     weights,
     optax.adamw(1e-3),
     stored["image"].astype(np.float32) / 16,

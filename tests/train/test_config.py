@@ -106,5 +106,7 @@ def test_a_model_of_your_own_needs_only_build():
 
 
 def test_the_classifier_refuses_data_without_images(problem):
-  with pytest.raises(ValueError, match="needs one input, an image, and a label"):
+  with pytest.raises(
+    ValueError, match="needs one input, an image, and a label"
+  ):
     dj.train.Classifier().build(problem.schema, nnx.Rngs(0))

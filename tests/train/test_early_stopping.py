@@ -22,7 +22,9 @@ def test_best_is_the_first_best_finite_value(series, mode):
 
 
 @given(values, st.integers(1, 5))
-def test_stops_exactly_after_patience_evaluations_without_gain(series, patience):
+def test_stops_exactly_after_patience_evaluations_without_gain(
+  series, patience
+):
   stopping = EarlyStopping(patience=patience)
   since = 0
   for step, value in enumerate(series):

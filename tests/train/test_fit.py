@@ -42,7 +42,9 @@ def run(problem, one_device, make_model, tmp_path):
 
 
 def weights(result):
-  return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(result.model, nnx.Param)))
+  return jax.tree.map(
+    np.asarray, nnx.to_pure_dict(nnx.state(result.model, nnx.Param))
+  )
 
 
 def assert_same(first, second):

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from deepseek_jax.train import losses, state as state_lib
+from deepseek_jax.train import losses
+from deepseek_jax.train import state as state_lib
 from deepseek_jax.train.step import (
   RecompileWarning,
   StepSpec,
@@ -103,6 +104,7 @@ def test_non_finite_step_changes_only_its_counters(where):
     data["x"][3, 2] = np.nan
     step, state = setup(tx=tx)
   else:  # A finite loss whose gradient is not: the square root at 0.
+
     class Root:
       def __call__(self, outputs, targets):
         return jnp.sqrt(jnp.sum(jnp.square(outputs * 0), axis=1))
@@ -222,7 +224,7 @@ def test_jit_once_names_the_shapes_that_changed():
 
 
 def test_a_model_without_parameters_is_refused():
-  with pytest.raises(ValueError, match="model must have nnx.Param"):
+  with pytest.raises(ValueError, match=r"model must have nnx\.Param"):
     state_lib.create(
       nnx.Dropout(0.5, rngs=nnx.Rngs(0)), optax.sgd(1.0), classification=True
     )
