@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -17,6 +17,8 @@ from deepseek_jax.train.monitor import Monitor
 from deepseek_jax.train.run_directory import RunDirectory
 from deepseek_jax.train.signals import StopSignal
 from deepseek_jax.train.state import TrainState
+
+S = TypeVar("S")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,15 +251,15 @@ class Loop:
 
 
 def take_steps(
-  state: TrainState,
-  train_step: Callable[[TrainState, Any], TrainState],
+  state: S,
+  train_step: Callable[[S, Any], S],
   stream: Iterator[Any],
   *,
   first: int,
   last: int,
   stop: StopSignal,
   advance: Callable[[int], None],
-) -> tuple[TrainState, int]:
+) -> tuple[S, int]:
   """Dispatches steps and waits for none of them: the hot loop.
 
   Args:

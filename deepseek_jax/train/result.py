@@ -40,8 +40,21 @@ class Result:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the plain part."""
-    return {
-      field.name: getattr(self, field.name)
-      for field in dataclasses.fields(self)
-      if field.name not in ("history", "model", "workdir")
-    }
+    return {name: getattr(self, name) for name in _PLAIN}
+
+  @classmethod
+  def from_json(cls, plain: dict[str, Any], **rest: Any) -> "Result":
+    """Returns the result whose plain part was written.
+
+    Args:
+      plain: What `to_json` gave; other names are passed over.
+      **rest: The other attributes.
+    """
+    return cls(**{name: plain[name] for name in _PLAIN}, **rest)
+
+
+_PLAIN = tuple(
+  field.name
+  for field in dataclasses.fields(Result)
+  if field.name not in ("workdir", "history", "model")
+)

@@ -50,6 +50,7 @@ class RunDirectory:
   def __init__(self, path: str | os.PathLike, identity: Mapping[str, Any]):
     self.path = pathlib.Path(path)
     identity = json.loads(json.dumps(identity))
+    self._asked = {name: identity[name] for name in ("arguments", "config")}
     if self.path.exists() and not self.path.is_dir():
       raise ValueError(
         f"workdir must be a directory, got the file {self.path}."
@@ -83,8 +84,9 @@ class RunDirectory:
     return read_json(path) if path.exists() else None
 
   def write_result(self, result: Mapping[str, Any]) -> None:
-    """Writes result.json, whole or not at all."""
-    write_json(self.path / "result.json", result)
+    """Writes result.json, with settings and versions, whole or not at all."""
+    record = {**result, **self._asked, "versions": versions()}
+    write_json(self.path / "result.json", record)
 
   def append(self, record: Mapping[str, Any]) -> None:
     """Adds a line to metrics.jsonl."""

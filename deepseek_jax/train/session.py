@@ -170,7 +170,7 @@ class Session:
       history=run.history(),
       model=self._model,
     )
-    run.write_result(result.to_json() | {"versions": run_directory.versions()})
+    run.write_result(result.to_json())
     return result
 
   def finished(
@@ -181,9 +181,8 @@ class Session:
   ) -> Result:
     """Returns the result of a run that an earlier call brought to its end."""
     self._load_best(earlier["best_step"], earlier["steps"], checkpoints)
-    fields = {k: v for k, v in earlier.items() if k != "versions"}
-    return Result(
-      **fields, workdir=run.path, history=run.history(), model=self._model
+    return Result.from_json(
+      earlier, workdir=run.path, history=run.history(), model=self._model
     )
 
   def _resume(

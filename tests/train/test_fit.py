@@ -16,6 +16,8 @@ from flax import nnx
 
 import deepseek_jax as dj
 from deepseek_jax.train.fit import fit
+from deepseek_jax.train.loop import take_steps
+from deepseek_jax.train.signals import StopSignal
 from deepseek_jax.train.step import RecompileWarning
 
 
@@ -86,6 +88,7 @@ def test_a_run_learns_and_writes_what_it_says(run, tmp_path):
   assert written["metrics"] == result.metrics
   assert written["versions"]["jax"] == jax.__version__
   assert written["peak_memory_bytes"] > 0
+  assert written["arguments"]["epochs"] == 12
   asked = json.loads((tmp_path / "run" / "run.json").read_text())
   assert asked["arguments"]["epochs"] == 12
   assert {p["path"] for p in asked["parameters"]} >= {"head/kernel"}
@@ -156,6 +159,25 @@ def test_training_and_evaluation_are_each_traced_once(run):
     warnings.simplefilter("error", RecompileWarning)
     result = run(steps=200, epochs=None, log_every=7, evaluate_every=11)
   assert (result.steps, result.ended_by) == (200, "steps")
+
+
+def test_the_hot_loop_never_looks_at_the_state():
+  class Opaque:
+    def __getattribute__(self, name):
+      raise AssertionError(f"the loop read {name} between events")
+
+  state, seen = Opaque(), []
+  found, step = take_steps(
+    state,
+    lambda state, batch: state,
+    iter(range(10)),
+    first=3,
+    last=8,
+    stop=StopSignal(),
+    advance=seen.append,
+  )
+  assert found is state
+  assert (step, seen) == (8, [4, 5, 6, 7, 8])
 
 
 def test_accumulation_gives_the_same_run(run):
