@@ -14,10 +14,15 @@ class Placement:
     mesh: A mesh with one axis, "data"; None means all devices.
 
   Raises:
-    ValueError: If the mesh has other axes.
+    ValueError: If the mesh has other axes, or there are other processes.
   """
 
   def __init__(self, mesh: Mesh | None = None):
+    if jax.process_count() > 1:
+      raise ValueError(
+        "the trainer runs in one process so far, got "
+        f"{jax.process_count()=}; use the transforms in a step of your own."
+      )
     if mesh is None:
       mesh = jax.make_mesh(
         (jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)
@@ -50,7 +55,4 @@ class Placement:
       )
 
   def _transfer(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-      name: jax.make_array_from_process_local_data(self.rows, value)
-      for name, value in batch.items()
-    }
+    return jax.device_put(dict(batch), self.rows)

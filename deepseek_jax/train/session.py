@@ -101,8 +101,6 @@ class Session:
         self._data.train,
         self._batch_size,
         seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         transfer=transfer,
         prefetch=prefetch,
       )

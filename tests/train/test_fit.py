@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 import deepseek_jax as dj
 from deepseek_jax.train.fit import fit
@@ -297,6 +298,21 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 def test_batches_that_do_not_fit_the_mesh_are_refused(run):
   with pytest.raises(ValueError, match="must be divisible by the 8 devices"):
     run(mesh=None, batch_size=30)
+
+
+def test_other_processes_are_refused_before_they_share_a_directory(
+  run, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="runs in one process so far"):
+    run()
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_mesh_with_other_axes_is_refused(run):
+  mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+  with pytest.raises(ValueError, match="must have the one axis 'data'"):
+    run(mesh=mesh)
 
 
 def test_a_foreign_directory_is_refused_and_untouched(run, tmp_path):
