@@ -9,7 +9,10 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -32,7 +35,11 @@ def main(args: Sequence[str] | None = None) -> int:
   Args:
     args: Words of the command line; those of the process when None.
   """
-  args = list(sys.argv[1:] if args is None else args)
+  if args is None:
+    args = sys.argv[1:]
+    # Until the training loop listens itself, SIGTERM is as good as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+  args = list(args)
   commands = {"train": train, "evaluate": evaluate, "report": report}
   _check_command(args, commands)
   try:
@@ -48,7 +55,19 @@ def main(args: Sequence[str] | None = None) -> int:
     )
   except (ValueError, FileNotFoundError) as error:
     return _fail(error, BAD_INPUT)
+  except KeyboardInterrupt:
+    # Outside the training loop there is nothing to save: all is on disk.
+    print("deepseek-jax: interrupted; run again to go on", file=sys.stderr)
+    return STOPPED
+  except RuntimeError as error:
+    from deepseek_jax.data import NotPreparedError
+
+    if isinstance(error, NotPreparedError):
+      return _fail(error, BAD_INPUT)
+    raise
   except OSError as error:
+    # The threads of Orbax and TensorBoard meet the same failure once more.
+    threading.excepthook = sys.unraisablehook = lambda *_: None
     return _fail(error, NOT_WRITTEN)
 
 
@@ -86,9 +105,14 @@ def train(
 
   print(f"report: {write_report(result.workdir)}")
   if result.ended_by == "non-finite":
+    kept = (
+      "no evaluation was finite"
+      if result.best_step is None
+      else f"the best weights, of step {result.best_step}, were kept"
+    )
     print(
-      f"the loss stayed non-finite from step {result.steps} on; the best "
-      f"weights, of step {result.best_step}, were kept",
+      f"the loss or its gradient stayed non-finite up to step {result.steps}; "
+      f"{kept}",
       file=sys.stderr,
     )
     return NON_FINITE
@@ -99,6 +123,7 @@ def evaluate(
   run: tyro.conf.Positional[pathlib.Path],
   split: Literal["train", "validation", "test"] = "test",
   file: pathlib.Path | None = None,
+  data_dir: str | None = None,
 ) -> int:
   """Evaluate the best weights of RUN, and print its metrics as JSON.
 
@@ -106,11 +131,17 @@ def evaluate(
     run: A run directory that `train` wrote.
     split: Which split to evaluate on.
     file: The experiment's file, when it defines classes of its own.
+    data_dir: Where the data set is prepared, when not in the default place.
   """
   from deepseek_jax import train as train_lib
 
   kind = train_lib.Experiment if file is None else type(_load_experiment(file))
-  print(json.dumps(train_lib.evaluate(run, split=split, kind=kind), indent=2))
+  print(
+    json.dumps(
+      train_lib.evaluate(run, split=split, kind=kind, data_dir=data_dir),
+      indent=2,
+    )
+  )
   return OK
 
 
@@ -134,10 +165,13 @@ def _load_experiment(file: pathlib.Path) -> "Experiment":
   if spec is None or spec.loader is None:
     raise ValueError(f"file must be a Python file, got {str(file)!r}.")
   module = importlib.util.module_from_spec(spec)
-  sys.modules[module.__name__] = (
-    module  # Type hints of its classes are looked up.
-  )
-  spec.loader.exec_module(module)
+  sys.modules[module.__name__] = module  # Its classes' type hints need it.
+  sys.path.insert(0, str(file.parent.absolute()))  # As `python FILE` has it.
+  try:
+    spec.loader.exec_module(module)
+  except Exception:
+    traceback.print_exc()  # The mistake is in the file: its lines are wanted.
+    raise SystemExit(BAD_INPUT) from None
   from deepseek_jax.train.config import Experiment
 
   experiment = getattr(module, "experiment", None)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,34 @@ def test_a_typo_in_a_flag_names_the_nearest(capsys):
     cli.main(["train", DIGITS, "--train.epoch", "3"])
   assert ended.value.code == 2
   assert "--train.epochs" in capsys.readouterr().err
+
+
+def test_an_unprepared_data_set_says_what_to_run(tmp_path, capsys):
+  words = ["--data.name", "tfds:cifar10", "--data.data-dir", str(tmp_path)]
+  code = cli.main(["train", DIGITS, *words, "--workdir", str(tmp_path / "run")])
+  assert code == cli.BAD_INPUT
+  assert "cifar10" in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_the_file_shows_its_line(tmp_path, capsys):
+  file = tmp_path / "broken.py"
+  file.write_text("import math\nx = math.sqrt(-1)\n")
+  with pytest.raises(SystemExit) as ended:
+    cli.main(["train", str(file)])
+  assert ended.value.code == cli.BAD_INPUT
+  assert "line 2" in capsys.readouterr().err
+
+
+def test_a_run_of_another_kind_asks_for_its_file(trained, capsys, monkeypatch):
+  workdir, _ = trained
+  asked = json.loads((workdir / "run.json").read_text())
+  asked["config"]["kind"] = "Mine"
+  copy = workdir.with_name("copy")
+  shutil.copytree(workdir, copy)
+  (copy / "run.json").write_text(json.dumps(asked))
+  assert cli.main(["evaluate", str(copy)]) == cli.BAD_INPUT
+  assert "--file" in capsys.readouterr().err
 
 
 def test_a_file_without_an_experiment_is_told(tmp_path, capsys):

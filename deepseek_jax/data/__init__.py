@@ -5,6 +5,7 @@ from deepseek_jax.data.batch_source import BatchSource as BatchSource
 from deepseek_jax.data.batch_source import steps_per_epoch as steps_per_epoch
 from deepseek_jax.data.dataset import Dataset as Dataset
 from deepseek_jax.data.dataset import Split as Split
+from deepseek_jax.data.loading import NotPreparedError as NotPreparedError
 from deepseek_jax.data.loading import load as load
 from deepseek_jax.data.pipeline import batches as batches
 from deepseek_jax.data.schema import Feature as Feature

@@ -8,6 +8,10 @@ from deepseek_jax.data.dataset import Dataset
 from deepseek_jax.data.schema import unknown
 
 
+class NotPreparedError(RuntimeError):
+  """A data set cannot be prepared here; the message says what to run where."""
+
+
 def load(
   name: str,
   *,
@@ -47,7 +51,7 @@ def load(
 
   Raises:
     ValueError: If the name or a feature is unknown, or the data is bad.
-    RuntimeError: If the data set cannot be prepared here.
+    NotPreparedError: If the data set cannot be prepared here.
 
   >>> import deepseek_jax as dj
   >>> digits = dj.data.load("digits")

@@ -12,6 +12,7 @@ from pathlib import Path
 import filelock
 import tensorflow_datasets as tfds
 
+from deepseek_jax.data.loading import NotPreparedError
 from deepseek_jax.data.schema import unknown
 
 _FORMAT = "array_record"  # The one that can be read at any index without TF.
@@ -90,23 +91,25 @@ def make(name: str, root: Path, *, download: bool = True) -> None:
 
   Raises:
     ValueError: If TFDS knows no such data set.
-    RuntimeError: If it cannot be prepared here; the message is what to run,
+    NotPreparedError: If it cannot be prepared here; the message is what to run,
       and where. Nothing half-made is left.
   """
   builder = _construct(name, root)
   if builder.data_path.exists():  # Made meanwhile, or damaged: reading tells.
     return
   if not download:
-    raise RuntimeError(_advice(name, root, "download is False", builder))
+    raise NotPreparedError(_advice(name, root, "download is False", builder))
   if not _reachable(list(builder.url_infos or ())):
-    raise RuntimeError(_advice(name, root, "its host does not answer", builder))
+    raise NotPreparedError(
+      _advice(name, root, "its host does not answer", builder)
+    )
   try:
     prepare(builder, root, quiet=not sys.stderr.isatty())
   except Exception as error:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if module := _missing_module(error):
       reason = f"preparing it (not reading it) needs {module}"
-    raise RuntimeError(_advice(name, root, reason, builder)) from error
+    raise NotPreparedError(_advice(name, root, reason, builder)) from error
 
 
 def prepare(
@@ -152,7 +155,7 @@ def _construct(name: str, root: Path) -> tfds.core.DatasetBuilder:
     raise ValueError(f"{message} It is not in {root} either.") from error
   except ImportError as error:
     reason = f"its builder needs {_missing_module(error)}"
-    raise RuntimeError(_advice(name, root, reason)) from error
+    raise NotPreparedError(_advice(name, root, reason)) from error
   except Exception as error:  # An unknown configuration, for one.
     text = " ".join(str(error).split())[:500]
     raise ValueError(

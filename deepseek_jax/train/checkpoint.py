@@ -21,12 +21,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """Whether a log record says what no exception will."""
-  return "orbax" not in record.pathname or record.levelno < logging.ERROR
+  """Whether a log record says what no exception will.
 
-
-# Orbax logs the errors of its threads, a screenful each, and raises them too.
-logging.getLogger("absl").addFilter(_is_news)
+  Orbax logs the errors of its threads, a screenful each, and raises them too.
+  """
+  return "orbax" not in record.pathname
 
 
 class CheckpointError(OSError):
@@ -54,8 +53,11 @@ class Checkpoints:
     self, directory: pathlib.Path, *, keep: int = 2, read_only: bool = False
   ):
     self.directory = directory
+    if directory.exists() and not directory.is_dir():
+      raise ValueError(f"{directory} must be a directory, got a file.")
     if not read_only:
       _sweep(directory)
+    logging.getLogger("absl").addFilter(_is_news)
     self._policy = _LatestAndBest(keep)
     self._manager = ocp.CheckpointManager(
       directory.absolute(),
@@ -69,7 +71,6 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
         create=not read_only,
-        read_only=read_only,
         enable_async_checkpointing=True,
       ),
     )
@@ -87,9 +88,10 @@ class Checkpoints:
     step = self.latest()
     if step is None:
       raise ValueError(f"no checkpoint in {self.directory} yet.")
-    progress = self._manager.restore(
-      step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-    )["progress"]
+    with self._intact(step):
+      progress = self._manager.restore(
+        step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+      )["progress"]
     best = progress["stopping"]["best_step"]
     return step if best is None else best
 
@@ -158,15 +160,16 @@ class Checkpoints:
     model, training = _items(like)
     self._check(step, "model", model)
     self._check(step, "training", training)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        model=ocp.args.StandardRestore(_abstract(model)),
-        training=ocp.args.StandardRestore(_abstract(training)),
-        data=grain.checkpoint.CheckpointRestore(iterator),
-        progress=ocp.args.JsonRestore(),
-      ),
-    )
+    with self._intact(step):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          model=ocp.args.StandardRestore(_abstract(model)),
+          training=ocp.args.StandardRestore(_abstract(training)),
+          data=grain.checkpoint.CheckpointRestore(iterator),
+          progress=ocp.args.JsonRestore(),
+        ),
+      )
     flat = {**restored["model"], **restored["training"]}
     leaves = [flat[path] for path in tree.leaf_paths(like)]
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -186,10 +189,13 @@ class Checkpoints:
     like = {"params": params, "rest": rest}
     model = dict(zip(tree.leaf_paths(like), jax.tree.leaves(like), strict=True))
     self._check(step, "model", model)
-    flat = self._manager.restore(
-      step,
-      args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(model))),
-    )["model"]
+    with self._intact(step):
+      flat = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          model=ocp.args.StandardRestore(_abstract(model))
+        ),
+      )["model"]
     both = jax.tree.unflatten(
       jax.tree.structure(like), [flat[path] for path in model]
     )
@@ -197,15 +203,19 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for pending saves and lets go of the directory."""
-    with self._explained(None):
-      self._manager.close()
+    try:
+      with self._explained(None):
+        self._manager.close()
+    finally:
+      logging.getLogger("absl").removeFilter(_is_news)
 
   def _check(self, step: int, item: str, wanted: Mapping[str, Any]) -> None:
     """Raises when a saved item has other leaves than wanted."""
-    saved = {
-      path: f"{leaf.dtype}{list(leaf.shape)}"
-      for path, leaf in self._manager.item_metadata(step)[item].tree.items()
-    }
+    with self._intact(step):
+      saved = {
+        path: f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in self._manager.item_metadata(step)[item].tree.items()
+      }
     ours = {path: _stored_type(leaf) for path, leaf in wanted.items()}
     problems = [
       *(f"missing {path} {ours[path]}" for path in ours.keys() - saved.keys()),
@@ -222,6 +232,19 @@ class Checkpoints:
         f"checkpoint {step} in {self.directory} does not fit the {item} you "
         f"gave:{lines}\nUse the same model and optimizer, or another workdir."
       )
+
+  @contextlib.contextmanager
+  def _intact(self, step: int):
+    """Turns whatever a damaged checkpoint raises into one clear error."""
+    try:
+      yield
+    except Exception as error:
+      reason = str(error).strip().splitlines() or [type(error).__name__]
+      raise ValueError(
+        f"checkpoint {step} in {self.directory} is missing or damaged "
+        f"({reason[0][:200]}). Remove {self.directory / str(step)}, and "
+        "result.json if there is one, to go on from an earlier checkpoint."
+      ) from error
 
   @contextlib.contextmanager
   def _explained(self, step: int | None):

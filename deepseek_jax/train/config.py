@@ -232,6 +232,7 @@ _FREE = {
 def _identity(experiment: Experiment) -> dict[str, Any]:
   """Returns the fields that decide a run's numbers, as plain JSON."""
   fields: dict[str, Any] = dataclasses.asdict(experiment)
+  fields["kind"] = type(experiment).__name__
   for name, free in _FREE.items():
     if free is None:
       del fields[name]

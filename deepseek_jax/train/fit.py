@@ -1,8 +1,10 @@
 """`fit`: from a model, a transform and a data set to a result on disk."""
 
 import contextlib
+import dataclasses
 import difflib
 import json
+import numbers
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +40,11 @@ _NOT_IDENTITY = frozenset(
     "checkpoint_seconds",
     "keep",
   ]
+)
+
+_INTEGERS = (
+  *("steps", "batch_size", "accumulate", "seed", "patience"),
+  *("evaluate_every", "log_every", "max_skipped"),
 )
 
 
@@ -144,6 +151,7 @@ def fit(
   arguments = {
     name: value for name, value in locals().items() if name not in _NOT_IDENTITY
   }
+  _check_integers(arguments)
   _check_sizes(len(data.train), batch_size, accumulate, clip_norm, keep)
   spec = StepSpec.of(
     data.schema,
@@ -177,14 +185,18 @@ def fit(
   identity = {
     "data": data.name,
     "schema": json.loads(data.schema.to_json()),
-    "arguments": arguments | {"loss": repr(spec.loss)},
+    "arguments": arguments | {"loss": _name(spec.loss)},
     "config": config,
     "parameters": session.parameters(),
   }
-  run = RunDirectory(workdir, identity)
-  with contextlib.closing(
-    Checkpoints(run.checkpoints, keep=keep)
-  ) as checkpoints:
+  with contextlib.ExitStack() as stack:
+    run = stack.enter_context(
+      contextlib.closing(RunDirectory(workdir, identity))
+    )
+    checkpoints = stack.enter_context(
+      contextlib.closing(Checkpoints(run.checkpoints, keep=keep))
+    )
+    stack.enter_context(contextlib.closing(stream))
     earlier = run.result()
     if earlier is not None and earlier["complete"]:
       return session.finished(earlier, run, checkpoints)
@@ -197,6 +209,20 @@ def fit(
       progress=progress,
       tensorboard=tensorboard,
     )
+
+
+def _name(loss: losses_lib.Loss) -> str:
+  """Returns what tells losses apart, the same in every process."""
+  if dataclasses.is_dataclass(loss):
+    return repr(loss)
+  return f"{type(loss).__module__}.{type(loss).__qualname__}"
+
+
+def _check_integers(arguments: Mapping[str, Any]) -> None:
+  for name in _INTEGERS:
+    value = arguments[name]
+    if not (value is None or isinstance(value, numbers.Integral)):
+      raise ValueError(f"{name} must be an integer, got {value!r}.")
 
 
 def _check_sizes(

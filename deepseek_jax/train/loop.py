@@ -165,24 +165,29 @@ class Loop:
   def _look(self, step: int) -> None:
     """Logs; evaluates and saves when it is time."""
     self._flush()
-    self._log(step)
-    best = self._schedule.evaluates(step) and self._evaluation(step)
+    self._log()
+    best = (
+      self._schedule.evaluates(step)
+      and not self._has_halted()
+      and self._evaluation(step)
+    )
     if best or self._due():
       self._flush()
       self._save()
 
-  def _log(self, step: int) -> None:
+  def _log(self) -> None:
     """Starts the computation of a log line and resets the running metrics."""
     state = self.state
-    record = {
-      "step": step,
-      "epoch": step / self._schedule.steps_per_epoch,
-      "seconds": self.seconds,
-    }
-    self._pending = (record, _snapshot(state))
+    self._pending = ({"seconds": self.seconds}, _snapshot(state))
     self.state = state._replace(
       metrics=jax.tree.map(jnp.zeros_like, state.metrics)
     )
+
+  def _has_halted(self) -> bool:
+    """Waits for the steps, as an evaluation would, to see if they counted."""
+    in_a_row = int(self.state.skipped_in_a_row)
+    self._halted = in_a_row >= self._schedule.max_skipped
+    return self._halted
 
   def _evaluation(self, step: int) -> bool:
     """Evaluates, completes the pending record; returns whether it is best."""
@@ -218,6 +223,12 @@ class Loop:
     self._pending = None
     values = jax.device_get(values)
     self._halted = values["skipped_in_a_row"] >= self._schedule.max_skipped
+    step = int(values["step"])  # Less than dispatched once steps do nothing.
+    record = {
+      "step": step,
+      "epoch": step / self._schedule.steps_per_epoch,
+      **record,
+    }
     record |= metrics_lib.named("train", values["metrics"])
     record["train/skipped"] = int(values["skipped"])
     record |= extra or {}
@@ -286,6 +297,7 @@ def take_steps(
 def _snapshot(state: TrainState) -> dict[str, Any]:
   """Returns what a log line tells, in arrays of its own."""
   return {
+    "step": state.step,
     "metrics": metrics_lib.compute(state.metrics),
     "skipped": state.skipped,
     "skipped_in_a_row": state.skipped_in_a_row,

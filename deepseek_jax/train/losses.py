@@ -83,7 +83,17 @@ class CrossEntropy:
   def __call__(
     self, outputs: Float[Array, "B K"], targets: Int[Array, "B"]
   ) -> Float[Array, "B"]:
-    """Returns the cross entropy of each example, in nats."""
+    """Returns the cross entropy of each example, in nats.
+
+    Raises:
+      ValueError: If there are not as many class weights as classes.
+    """
+    weights, classes = self.class_weights, outputs.shape[1]
+    if weights is not None and len(weights) != classes:
+      raise ValueError(
+        f"class_weights must have one weight for each of the {classes} "
+        f"classes, got {len(weights)}."
+      )
     log_p = jax.nn.log_softmax(outputs.astype(jnp.float32))
     loss = -jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
     if not self.label_smoothing:

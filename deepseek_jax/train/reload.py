@@ -46,18 +46,34 @@ def load_model(
       f"{path} was not written by an experiment: run.json has no config. Build "
       "the model in Python and call fit with the same arguments instead."
     )
-  experiment = config_lib.from_json(kind, asked["config"])
+  fields = dict(asked["config"])
+  if (made_by := fields.pop("kind", None)) != kind.__name__:
+    raise ValueError(
+      f"{path} was written by an experiment of class {made_by}, got "
+      f"{kind.__name__}; name the file that defines it (`--file FILE.py`)."
+    )
+  experiment = config_lib.from_json(kind, fields)
   schema = data_lib.Schema.from_json(json.dumps(asked["schema"]))
   model = experiment.build_model(schema)
   model.eval()
   _, params, rest = state_lib.split(model)
   checkpoints = Checkpoints(path / "checkpoints", read_only=True)
   try:
-    params, rest = checkpoints.restore_model(checkpoints.best(), params, rest)
+    step = _best_step(path, checkpoints)
+    params, rest = checkpoints.restore_model(step, params, rest)
   finally:
     checkpoints.close()
   nnx.update(model, params, rest)
   return dataclasses.replace(experiment, workdir=str(workdir)), model
+
+
+def _best_step(path: pathlib.Path, checkpoints: Checkpoints) -> int:
+  """Returns the step that a run's end, or its latest checkpoint, calls best."""
+  if (path / "result.json").exists():
+    best = run_directory.read_json(path / "result.json").get("best_step")
+    if best is not None:
+      return best
+  return checkpoints.best()
 
 
 def evaluate(
@@ -73,13 +89,16 @@ def evaluate(
     workdir: A run directory that an experiment wrote.
     split: Which split.
     kind: The experiment's class, when it is not the library's own.
-    data_dir: Where the data set is prepared; TFDS's own default when None.
+    data_dir: Where the data set is prepared; its own default when None.
 
   Raises:
     ValueError: As `load_model`.
   """
   experiment, model = load_model(workdir, kind=kind)
-  data = dataclasses.replace(experiment.data, data_dir=data_dir).load()
+  data = experiment.data
+  if data_dir is not None:
+    data = dataclasses.replace(data, data_dir=data_dir)
+  data = data.load()
   placement = Placement()
   structure, *weights = state_lib.split(model)
   params, rest = jax.device_put(weights, placement.replicated)

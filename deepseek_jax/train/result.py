@@ -1,6 +1,7 @@
 """What a run gives back."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -50,7 +51,13 @@ class Result:
       plain: What `to_json` gave; other names are passed over.
       **rest: The other attributes.
     """
-    return cls(**{name: plain[name] for name in _PLAIN}, **rest)
+    fields = {name: plain[name] for name in _PLAIN}
+    # JSON has no NaN: what was not finite was written as null.
+    fields["metrics"] = {
+      name: math.nan if value is None else value
+      for name, value in plain["metrics"].items()
+    }
+    return cls(**fields, **rest)
 
 
 _PLAIN = tuple(

@@ -10,6 +10,7 @@
 Nothing here is code, and nothing read from here is executed.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -21,7 +22,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import filelock
 import jax
+import numpy as np
 
 FORMAT = 1
 _PACKAGES = (
@@ -43,13 +46,14 @@ class RunDirectory:
       configuration, as plain JSON.
 
   Raises:
-    ValueError: If the directory holds something else, or a run that was asked
-      for something else; says what differs. Nothing is written then.
+    ValueError: If the directory holds something else, a run that was asked for
+      something else, or one that another process is working on. Nothing but an
+      empty lock file is written then.
   """
 
   def __init__(self, path: str | os.PathLike, identity: Mapping[str, Any]):
     self.path = pathlib.Path(path)
-    identity = json.loads(json.dumps(identity))
+    identity = json.loads(_dumps(identity))
     self._asked = {name: identity[name] for name in ("arguments", "config")}
     if self.path.exists() and not self.path.is_dir():
       raise ValueError(
@@ -61,17 +65,34 @@ class RunDirectory:
       raise ValueError(
         f"workdir must be readable, got {self.path}: {error.strerror}."
       ) from error
-    if "run.json" in names:
-      _check_same(self.path, identity)
-    elif set(names) - {"run.json.partial"}:
+    foreign = set(names) - {"run.json", "run.json.partial", ".lock"}
+    if "run.json" not in names and foreign:
       raise ValueError(
         f"workdir must be missing, empty or a run of this library, got "
-        f"{self.path}, which holds {sorted(names)[0]!r} and no run.json."
+        f"{self.path}, which holds {sorted(foreign)[0]!r} and no run.json."
       )
-    else:
-      self.path.mkdir(parents=True, exist_ok=True)
-      record = {"format": FORMAT, **identity, "environment": environment()}
-      write_json(self.path / "run.json", record)
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._lock = filelock.FileLock(self.path / ".lock")
+    try:
+      self._lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+      raise ValueError(
+        f"workdir {self.path} is in use by another process; wait for it, or "
+        "give another workdir."
+      ) from error
+    try:
+      if "run.json" in names:
+        _check_same(self.path, identity)
+      else:
+        record = {"format": FORMAT, **identity, "environment": environment()}
+        write_json(self.path / "run.json", record)
+    except BaseException:
+      self.close()
+      raise
+
+  def close(self) -> None:
+    """Lets other processes have the directory."""
+    self._lock.release()
 
   @property
   def checkpoints(self) -> pathlib.Path:
@@ -79,9 +100,21 @@ class RunDirectory:
     return self.path / "checkpoints"
 
   def result(self) -> dict[str, Any] | None:
-    """Returns what an earlier start wrote at its end, or None."""
+    """Returns what an earlier start wrote at its end, or None.
+
+    Raises:
+      ValueError: If it is damaged.
+    """
     path = self.path / "result.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+      return None
+    result = read_json(path)
+    if not isinstance(result, dict) or "complete" not in result:
+      raise ValueError(
+        f"{path} is damaged; remove it, and the run goes on from its latest "
+        "checkpoint."
+      )
+    return result
 
   def write_result(self, result: Mapping[str, Any]) -> None:
     """Writes result.json, with settings and versions, whole or not at all."""
@@ -90,7 +123,8 @@ class RunDirectory:
 
   def append(self, record: Mapping[str, Any]) -> None:
     """Adds a line to metrics.jsonl."""
-    with (self.path / "metrics.jsonl").open("a") as file:
+    path = self.path / "metrics.jsonl"
+    with _named(path), path.open("a") as file:
       file.write(_dumps(record) + "\n")
 
   def history(self, up_to: int | None = None) -> list[dict[str, Any]]:
@@ -104,16 +138,30 @@ class RunDirectory:
     if not path.exists():
       return []
     records = []
-    for line in path.read_text().splitlines():
-      try:
-        records.append(json.loads(line))
-      except json.JSONDecodeError:
-        break  # The line at which the process was killed.
+    lines = path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+      record = _record(line)
+      if record is not None:
+        records.append(record)
+      elif number < len(lines):
+        raise ValueError(
+          f"{path} is damaged in line {number}; remove the line."
+        )
+      # Else the line at which the process was killed.
     if up_to is not None:
       records = [r for r in records if r["step"] <= up_to]
       text = "".join(_dumps(record) + "\n" for record in records)
       _replace(path, text)
     return records
+
+
+def _record(line: str) -> dict[str, Any] | None:
+  """Returns what a line of metrics.jsonl says, or None if it is damaged."""
+  try:
+    record = json.loads(line)
+  except ValueError:
+    return None
+  return record if isinstance(record, dict) and "step" in record else None
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -169,7 +217,12 @@ def _check_same(path: pathlib.Path, identity: Mapping[str, Any]) -> None:
       f"{found.get('format') if isinstance(found, dict) else type(found)}: it "
       "is not a run of this version."
     )
-  lines = _differences(_by_path(found), _by_path(identity), "")
+  try:
+    lines = _differences(_by_path(found), _by_path(identity), "")
+  except (AttributeError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path / 'run.json'} is damaged; give another workdir."
+    ) from error
   if lines:
     shown = "".join(f"\n  {line}" for line in lines[:20])
     more = f"\n  and {len(lines) - 20} more" if len(lines) > 20 else ""
@@ -212,14 +265,25 @@ def _finite(value: Any) -> Any:
     return {str(key): _finite(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [_finite(item) for item in value]
+  if isinstance(value, np.generic):
+    value = value.item()
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
 
 
+@contextlib.contextmanager
+def _named(path: pathlib.Path):
+  """Puts the file's name into the error of a failed write."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _replace(path: pathlib.Path, text: str) -> None:
   partial = path.with_name(path.name + ".partial")
-  with partial.open("w") as file:
+  with _named(path), partial.open("w") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -192,10 +193,11 @@ class Session:
   ) -> float:
     """Moves everything to the latest checkpoint; returns the seconds spent."""
     step = checkpoints.latest()
-    run.history(up_to=step or 0)
     if step is None:
+      run.history(up_to=0)
       return 0.0
     self.state, progress = checkpoints.restore(step, self.state, stream)
+    run.history(up_to=step)
     stopping.load(progress["stopping"])
     return progress["seconds"]
 
@@ -247,20 +249,31 @@ class Session:
     return jax.jit(read) if found else None
 
   def _check_model(self, structure: nnx.GraphDef) -> None:
-    """Raises when the model cannot take the data's batches."""
-    batch = data_lib.batches(
+    """Raises when the model cannot take, or answer, the data's batches."""
+    stream = data_lib.batches(
       self._data.train, self._batch_size, shuffle=False, epochs=1, prefetch=0
     )
-    _, outputs = jax.eval_shape(
+    batch = next(iter(stream))
+    outputs = jax.eval_shape(
+      lambda params, rest, *inputs: nnx.merge(structure, params, rest)(*inputs),
+      self.state.params,
+      self.state.rest,
+      *(batch[name] for name in self._spec.inputs),
+    )
+    classes = self._data.schema.num_classes
+    wanted = (
+      batch[self._spec.target].shape[1:] if classes is None else (classes,)
+    )
+    if math.prod(outputs.shape[1:]) != math.prod(wanted):
+      what = "numbers" if classes is None else "logits"
+      raise ValueError(
+        f"model must return {what} {['batch', *wanted]} for "
+        f"{self._data.name!r}, got an output of shape {list(outputs.shape)}."
+      )
+    jax.eval_shape(
       make_eval_step(structure, self._spec),
       self.state.params,
       self.state.rest,
       metrics_lib.empty(self._spec.classification),
-      next(iter(batch)),
+      batch,
     )
-    classes = self._data.schema.num_classes
-    if classes is not None and outputs.shape[1:] != (classes,):
-      raise ValueError(
-        f"model must return logits [batch, {classes}] for the classes of "
-        f"{self._data.name!r}, got an output of shape {list(outputs.shape)}."
-      )

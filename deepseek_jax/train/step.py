@@ -80,7 +80,12 @@ class StepSpec:
     )
 
   def __post_init__(self):
-    """Checks the numbers."""
+    """Checks the loss and the numbers."""
+    if not isinstance(self.loss, losses_lib.Loss):
+      raise ValueError(
+        "loss must return a loss per example and have a method `weights`, as "
+        f"train.CrossEntropy does, got {self.loss!r}."
+      )
     for name in ("accumulate", "max_skipped"):
       if getattr(self, name) < 1:
         raise ValueError(

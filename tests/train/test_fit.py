@@ -1,14 +1,18 @@
 """Laws of a run: what it gives, how it resumes, what it refuses."""
 
+import gc
 import json
 import os
 import pathlib
+import shutil
 import signal
 import threading
 import time
 import warnings
 
+import filelock
 import jax
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -226,6 +230,16 @@ def test_a_run_of_nothing_but_nan_ends_and_keeps_its_weights(run, make_model):
   jax.tree.map(np.testing.assert_array_equal, weights(result), want)
 
 
+def test_a_run_that_halts_between_evaluations_ends_once_and_for_all(run):
+  # Steps 4 and 5 of the first epoch do nothing: no evaluation may claim them.
+  first = run(loss=bad_loss(0), max_skipped=3, epochs=2)
+  assert (first.ended_by, first.steps) == ("non-finite", 3)
+  assert [r["step"] for r in first.history] == [3]
+  again = run(loss=bad_loss(0), max_skipped=3, epochs=2)
+  np.testing.assert_equal(again.metrics, first.metrics)
+  assert (again.ended_by, again.steps) == ("non-finite", 3)
+
+
 def test_tensorboard_events_can_be_read_back(run, tmp_path):
   run(tensorboard=True, epochs=2)
   files = [*(tmp_path / "run").glob("events.out.tfevents.*")]
@@ -270,6 +284,13 @@ def test_clipping_bounds_the_first_update(run, make_model):
     ({"batch_size": 151}, r"batch_size must be in \[1, 150\]"),
     ({"batch_size": 0}, r"batch_size must be in \[1, 150\]"),
     ({"accumulate": 5}, "accumulate must be at least 1 and divide"),
+    ({"batch_size": 8.0}, "batch_size must be an integer"),
+    ({"epochs": None, "steps": 2.5}, "steps must be an integer"),
+    ({"loss": lambda outputs, targets: outputs}, "have a method `weights`"),
+    (
+      {"loss": dj.train.CrossEntropy(class_weights=(1.0, 2.0))},
+      "one weight for each of the 3 classes, got 2",
+    ),
     ({"clip_norm": 0.0}, "clip_norm must be positive"),
     ({"monitor": "validation/los"}, "did you mean 'validation/loss'"),
     ({"patience": 0}, "patience must be at least 1"),
@@ -283,13 +304,15 @@ def test_clipping_bounds_the_first_update(run, make_model):
     ({"prefetch": -1}, "prefetch must be at least 0"),
     (
       {"model": nnx.Linear(6, 4, rngs=nnx.Rngs(0))},
-      r"model must return logits \[batch, 3\]",
+      r"model must return logits \['batch', 3\]",
     ),
   ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(
-  run, tmp_path, changes, message
+  run, tmp_path, changes, message, monkeypatch
 ):
+  # The checks of a user's installation, where no hook looks at types first.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   with pytest.raises(ValueError, match=message):
     run(**changes)
   assert not (tmp_path / "run").exists()
@@ -360,6 +383,88 @@ def test_damaged_run_json_is_told(run, tmp_path):
   (tmp_path / "run" / "run.json").write_text("{")
   with pytest.raises(ValueError, match=r"run.json cannot be read"):
     run(epochs=1)
+
+
+def test_two_processes_cannot_share_a_workdir(run, tmp_path):
+  run(epochs=1)
+  with (
+    filelock.FileLock(tmp_path / "run" / ".lock"),
+    pytest.raises(ValueError, match="in use by another process"),
+  ):
+    run(epochs=1)
+  assert run(epochs=1).complete
+
+
+# After a failed read Orbax abandons coroutines, which Python then reports.
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning",
+  "ignore:coroutine .* was never awaited:RuntimeWarning",
+)
+@pytest.mark.parametrize(
+  "victim", ["model/manifest.ocdbt", "training", "progress/metadata", "data"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
+  run, tmp_path, victim
+):
+  tx = optax.chain(dj.optim.deepseek(2e-2), stop_at(12))
+  cut = run(tx=tx)
+  steps = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
+  damaged = tmp_path / "run" / "checkpoints" / str(steps[-1])
+  path = damaged / victim
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink()
+  log = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+  (tmp_path / "run" / "result.json").unlink()
+  with pytest.raises(ValueError, match=f"checkpoint {steps[-1]} .* damaged"):
+    run(tx=tx)
+  gc.collect()  # They go here, not in some other test.
+  assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
+  shutil.rmtree(damaged)
+  whole = run("whole", tx=optax.chain(dj.optim.deepseek(2e-2), stop_at(-1)))
+  assert not cut.complete
+  assert not run(tx=tx).complete  # Back before step 12, whose signal recurs.
+  assert_same(whole, run(tx=tx))
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("run.json", '{"format": 1}', "run.json is damaged"),
+    ("run.json", '{"format": 2}', "must have format 1"),
+    ("result.json", "[1]", "result.json is damaged"),
+    ("metrics.jsonl", '5\n{"step": 5}\n', "damaged in line 1"),
+  ],
+)
+def test_damaged_files_are_named(run, tmp_path, name, content, message):
+  run(epochs=1)
+  (tmp_path / "run" / name).write_text(content)
+  with pytest.raises(ValueError, match=message):
+    run(epochs=1)
+
+
+def test_numbers_of_the_wrong_width_are_told(run):
+  x = np.zeros((64, 6), np.float32)
+  split = {"x": x, "y": x[:, 0]}
+  data = dj.data.from_arrays(split, split, split, inputs=("x",), target="y")
+  with pytest.raises(
+    ValueError, match=r"model must return numbers \['batch'\]"
+  ):
+    run(model=nnx.Linear(6, 2, rngs=nnx.Rngs(0)), data=data)
+
+
+def test_a_loss_of_your_own_is_the_same_in_every_process(run):
+  class Mine:
+    def __call__(self, outputs, targets):
+      return -jax.numpy.take_along_axis(
+        jax.nn.log_softmax(outputs), targets[:, None], axis=1
+      )[:, 0]
+
+    def weights(self, targets):
+      return jax.numpy.ones(targets.shape)
+
+  assert_same(run(loss=Mine()), run(loss=Mine()))
 
 
 def test_a_torn_log_line_is_written_again(run, tmp_path):
