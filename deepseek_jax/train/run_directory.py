@@ -5,7 +5,7 @@
     RUN/checkpoints/     see train/checkpoint.py
     RUN/predictions.npz  the best weights' answers on the test split
     RUN/result.json      how the run ended; `complete` is false when it was cut
-    RUN/report.html      see train/report.py
+    RUN/report.html      see train/report
 
 Nothing here is code, and nothing read from here is executed.
 """

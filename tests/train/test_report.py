@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from deepseek_jax.train import report_figures, report_predictions
-from deepseek_jax.train.report import write_report
-from deepseek_jax.train.report_run import Series, read_run
+from deepseek_jax.train.report import figures, predictions, write_report
+from deepseek_jax.train.report.run import Series, read_run
 
 _LAYERS = ("convolution/0/kernel", "convolution/0/bias", "head/kernel")
 
@@ -411,7 +410,7 @@ def test_decimation_keeps_extremes_ends_and_gaps():
   values = np.sin(np.arange(5_000) / 90)
   values[1_234], values[2_345] = 7.0, -7.0
   values[3_000:3_200] = np.nan
-  steps, kept = report_figures.decimate(Series(np.arange(5_000), values))
+  steps, kept = figures.decimate(Series(np.arange(5_000), values))
   assert (steps[0], steps[-1]) == (0, 4_999)
   assert (np.nanmax(kept), np.nanmin(kept)) == (7.0, -7.0)
   assert np.isnan(kept[(steps >= 3_000) & (steps < 3_200)]).any()
@@ -420,7 +419,7 @@ def test_decimation_keeps_extremes_ends_and_gaps():
 
 def test_probabilities_sum_to_one_for_large_logits():
   logits = np.array([[1e4, 1e4, 0.0], [-1e4, 0.0, -1e4]])
-  found = report_predictions.probabilities(logits)
+  found = predictions.probabilities(logits)
   np.testing.assert_allclose(found, [[0.5, 0.5, 0], [0, 1, 0]])
 
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from deepseek_jax.train.report_run import Series
+from deepseek_jax.train.report.run import Series
 
 
 def group_rates(rates: dict[str, Series]) -> list[tuple[str, Series]]:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepseek_jax.train import report_svg
-from deepseek_jax.train.report_html import printable
-from deepseek_jax.train.report_run import Series
-from deepseek_jax.train.report_svg import BLUE, HUES, MUTED, ORANGE, SURFACE
+from deepseek_jax.train.report import svg
+from deepseek_jax.train.report.html import printable
+from deepseek_jax.train.report.run import Series
+from deepseek_jax.train.report.svg import BLUE, HUES, MUTED, ORANGE, SURFACE
 
 _MAX_POINTS = 600  # More than the pixels a curve is shown on.
 _NAMED_CLASSES = 30  # Above it the ticks of a confusion matrix are numbers.
@@ -28,7 +28,7 @@ def curves(
   Returns:
     An `<svg>` element.
   """
-  with report_svg.canvas(name) as (figure, axes):
+  with svg.canvas(name) as (figure, axes):
     ends = []
     for hue, (label, line) in zip(HUES, series.items(), strict=False):
       steps, values = decimate(line)
@@ -39,16 +39,16 @@ def curves(
       if len(steps) == 1:
         axes.plot(steps, values, "o", color=hue, markersize=4)
       ends.append((label, hue, line.values))
-    report_svg.scale(
+    svg.scale(
       axes,
       [line.values for line in series.values()],
       may_log=not name.lower().endswith("accuracy"),
     )
-    report_svg.step_axis(axes)
+    svg.step_axis(axes)
     if best_step is not None:
       _mark_best(axes, best_step, series)
     _label_ends(axes, ends)
-    return report_svg.to_svg(figure, name)
+    return svg.to_svg(figure, name)
 
 
 def learning_rates(groups: Sequence[tuple[str, Series]]) -> str:
@@ -58,16 +58,16 @@ def learning_rates(groups: Sequence[tuple[str, Series]]) -> str:
   to the last, and the labels are those of the lines that end farthest apart.
   """
   name = "Learning rate"
-  with report_svg.canvas(name, right=116) as (figure, axes):
-    hues = HUES if len(groups) <= len(HUES) else report_svg.shades(len(groups))
+  with svg.canvas(name, right=116) as (figure, axes):
+    hues = HUES if len(groups) <= len(HUES) else svg.shades(len(groups))
     ends = []
     for hue, (label, line) in zip(hues, groups, strict=False):
       axes.plot(*decimate(line), color=hue, linewidth=1.1, clip_on=False)
       ends.append((label, hue, line.values))
-    report_svg.scale(axes, [line.values for _, line in groups])
-    report_svg.step_axis(axes)
+    svg.scale(axes, [line.values for _, line in groups])
+    svg.step_axis(axes)
     _label_ends(axes, ends)
-    return report_svg.to_svg(figure, name)
+    return svg.to_svg(figure, name)
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> str:
@@ -81,13 +81,13 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> str:
   named = classes <= _NAMED_CLASSES
   labels = [_shorten(name) for name in names] if named else []
   margin = 14 + round(4.6 * max(map(len, labels), default=4))
-  height = report_svg.WIDTH - margin + 18
-  with report_svg.canvas(
+  height = svg.WIDTH - margin + 18
+  with svg.canvas(
     "Confusion matrix", height=height, left=margin, bottom=18, top=4, right=4
   ) as (figure, axes):
     colours = np.zeros((classes, classes, 4), np.float32)
-    colours[..., :3] = report_svg.rgb(ORANGE)
-    colours[np.diag_indices(classes)] = (*report_svg.rgb(BLUE), 0)
+    colours[..., :3] = svg.rgb(ORANGE)
+    colours[np.diag_indices(classes)] = (*svg.rgb(BLUE), 0)
     colours[..., 3] = (counts > 0) * (0.15 + 0.7 * np.sqrt(share))
     axes.imshow(colours, interpolation="none", aspect="auto")
     if classes <= 15:
@@ -102,14 +102,14 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> str:
         )
     axes.grid(visible=False)
     _class_ticks(axes, labels, classes)
-    return report_svg.to_svg(figure, "Confusion matrix")
+    return svg.to_svg(figure, "Confusion matrix")
 
 
 def calibration(confidence: np.ndarray, is_right: np.ndarray) -> str:
   """Draws accuracy against confidence in ten bins; a dot's area is its size."""
   name = "Calibration"
   rows = calibration_bins(confidence, is_right)
-  with report_svg.canvas(name, left=38, bottom=34) as (figure, axes):
+  with svg.canvas(name, left=38, bottom=34) as (figure, axes):
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, dashes=(3, 3))
     axes.text(0.32, 0.24, "perfect", color=MUTED, fontsize=8)
     axes.plot(rows[:, 0], rows[:, 1], color=BLUE, linewidth=1.0, alpha=0.5)
@@ -125,7 +125,7 @@ def calibration(confidence: np.ndarray, is_right: np.ndarray) -> str:
     )
     axes.set(xlim=(0, 1.02), ylim=(0, 1.04), ylabel="share right")
     axes.set_xlabel("confidence", loc="right")
-    return report_svg.to_svg(figure, name)
+    return svg.to_svg(figure, name)
 
 
 def calibration_bins(
@@ -149,7 +149,7 @@ def scatter(true: np.ndarray, predicted: np.ndarray) -> str:
   kept = np.linspace(0, len(true) - 1, min(len(true), 2000)).astype(int)
   low = float(min(true.min(), predicted.min()))
   high = float(max(true.max(), predicted.max()))
-  with report_svg.canvas(name, height=340, left=44, bottom=34) as (
+  with svg.canvas(name, height=340, left=44, bottom=34) as (
     figure,
     axes,
   ):
@@ -160,7 +160,7 @@ def scatter(true: np.ndarray, predicted: np.ndarray) -> str:
     axes.margins(0.02)
     axes.set_ylabel("predicted")
     axes.set_xlabel("true", loc="right")
-    return report_svg.to_svg(figure, name)
+    return svg.to_svg(figure, name)
 
 
 def decimate(line: Series) -> tuple[np.ndarray, np.ndarray]:
@@ -261,7 +261,7 @@ def spread(heights: Sequence[float], gap: float, ceiling: float) -> list[float]:
 
 def _class_ticks(axes, labels: Sequence[str], classes: int) -> None:
   for spine in axes.spines.values():
-    spine.set(visible=True, color=report_svg.LINE)
+    spine.set(visible=True, color=svg.LINE)
   axes.tick_params(length=0)
   if not labels:
     every = range(0, classes, 10 if classes <= 120 else classes // 10)

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.train import report_figures as figures
-from deepseek_jax.train import report_html as page
-from deepseek_jax.train import report_predictions
-from deepseek_jax.train.report_rates import group_rates
-from deepseek_jax.train.report_run import Run, read_run
+from deepseek_jax.train.report import figures, predictions
+from deepseek_jax.train.report import html as page
+from deepseek_jax.train.report.rates import group_rates
+from deepseek_jax.train.report.run import Run, read_run
 
 # Should a text ever escape its escaping, the browser still runs and loads
 # nothing.
@@ -66,12 +65,14 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def _page(run: Run) -> str:
-  style = importlib.resources.files("deepseek_jax.train").joinpath("report.css")
+  style = importlib.resources.files("deepseek_jax.train.report").joinpath(
+    "style.css"
+  )
   body = "\n".join(
     (
       _header(run),
       _training(run),
-      report_predictions.sections(run),
+      predictions.sections(run),
       _parameters(run.description.get("parameters") or []),
       _settings(run),
     )

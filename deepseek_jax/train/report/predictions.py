@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from deepseek_jax.train import report_figures as figures
-from deepseek_jax.train import report_html as page
-from deepseek_jax.train.report_run import Predictions, Run
+from deepseek_jax.train.report import figures
+from deepseek_jax.train.report import html as page
+from deepseek_jax.train.report.run import Predictions, Run
 
 _ALL_CLASSES = 25  # More are sorted by difficulty, and all but these folded:
 _HARDEST_CLASSES = 15
