@@ -48,3 +48,25 @@ def one_device():
 @pytest.fixture
 def make_model():
   return lambda seed=0: Mlp(rngs=nnx.Rngs(seed))
+
+
+@pytest.fixture
+def run(problem, one_device, make_model, tmp_path):
+  """`fit` on the small problem; any argument can be replaced."""
+
+  def call(name="run", **changes):
+    arguments = {
+      "model": make_model(),
+      "tx": dj.optim.deepseek(2e-2, warmup_steps=3),
+      "data": problem,
+      "workdir": tmp_path / name,
+      "epochs": 4,
+      "batch_size": 32,
+      "mesh": one_device,
+      "progress": False,
+      "tensorboard": False,
+    } | changes
+    model, tx, data = (arguments.pop(k) for k in ("model", "tx", "data"))
+    return dj.train.fit(model, tx, data, **arguments)
+
+  return call
