@@ -57,6 +57,13 @@ def test_evaluate_repeats_the_metrics_of_the_run(trained, capsys):
     assert got == pytest.approx(want, rel=1e-6)
 
 
+def test_evaluate_reads_the_data_set_from_where_it_is_told(trained, tmp_path):
+  workdir, _ = trained
+  words = ["evaluate", str(workdir), "--data-dir", str(tmp_path / "elsewhere")]
+  assert cli.main(words) == cli.OK
+  assert (tmp_path / "elsewhere" / "digits").is_dir()
+
+
 def test_the_same_command_again_trains_nothing(trained):
   workdir, _ = trained
   before = (workdir / "metrics.jsonl").stat().st_mtime_ns

@@ -80,9 +80,12 @@ def fit(
 ) -> Result:
   """Trains a model; goes on where an earlier, killed call left off.
 
-  The result is a pure function of the arguments: the same call gives the same
-  bits whether it ran at once or was killed any number of times. It always ends
-  with the weights of the best evaluation, whatever ended the run.
+  On one machine and one set of versions the result is a pure function of the
+  arguments: the same call gives the same bits whether it ran at once or was
+  killed any number of times. It ends with the weights of the best evaluation,
+  whatever ended the run; with the last ones if no evaluation was finite. Two
+  things it cannot compare when it goes on: the settings inside `tx` (pass them
+  as `config`) and the contents of arrays given to `data.from_arrays`.
 
   SIGTERM and SIGINT (the stop button of a notebook) finish the current step,
   write one checkpoint and return with `complete=False`; calling again goes on.
@@ -113,8 +116,9 @@ def fit(
     min_delta: What counts as an improvement, in the metric's unit.
     evaluate_every: Steps between evaluations; None: once an epoch.
     log_every: Steps between log lines.
-    checkpoint_seconds: Seconds between checkpoints; a best evaluation is always
-      saved, and so is the end.
+    checkpoint_seconds: Seconds between checkpoints, looked at when there is a
+      log line: a kill costs at most this and `log_every` steps more. A best
+      evaluation is always saved, and so is the end.
     keep: Newest checkpoints to keep, besides the best.
     max_skipped: Steps in a row with a non-finite loss or gradient that end the
       run. Such a step changes no parameter.

@@ -101,3 +101,11 @@ def test_the_classifier_refuses_data_without_images(problem):
     ValueError, match="needs one input, an image, and a label"
   ):
     dj.train.Classifier().build(problem.schema, nnx.Rngs(0))
+
+
+def test_the_loss_of_an_experiment_is_that_of_its_settings(problem):
+  settings = dj.train.Train(label_smoothing=0.1, class_weights=(1.0, 2.0, 3.0))
+  loss = dj.train.Experiment(train=settings).build_loss(problem.schema)
+  assert loss == dj.train.CrossEntropy(
+    label_smoothing=0.1, class_weights=(1.0, 2.0, 3.0)
+  )

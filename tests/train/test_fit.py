@@ -184,7 +184,7 @@ def test_eight_devices_give_the_run_of_one(run):
   )
 
 
-def bad_loss(from_step):
+def bad_loss():
   """Cross entropy that is NaN for every example of class 0."""
 
   class Bad(dj.train.CrossEntropy):
@@ -196,7 +196,7 @@ def bad_loss(from_step):
 
 
 def test_a_run_of_nothing_but_nan_ends_and_keeps_its_weights(run, make_model):
-  result = run(loss=bad_loss(0), max_skipped=7, epochs=50)
+  result = run(loss=bad_loss(), max_skipped=7, epochs=50)
   assert (result.ended_by, result.steps) == ("non-finite", 7)
   assert result.best_step is None
   want = nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
@@ -205,10 +205,10 @@ def test_a_run_of_nothing_but_nan_ends_and_keeps_its_weights(run, make_model):
 
 def test_a_run_that_halts_between_evaluations_ends_once_and_for_all(run):
   # Steps 4 and 5 of the first epoch do nothing: no evaluation may claim them.
-  first = run(loss=bad_loss(0), max_skipped=3, epochs=2)
+  first = run(loss=bad_loss(), max_skipped=3, epochs=2)
   assert (first.ended_by, first.steps) == ("non-finite", 3)
   assert [r["step"] for r in first.history] == [3]
-  again = run(loss=bad_loss(0), max_skipped=3, epochs=2)
+  again = run(loss=bad_loss(), max_skipped=3, epochs=2)
   np.testing.assert_equal(again.metrics, first.metrics)
   assert (again.ended_by, again.steps) == ("non-finite", 3)
 
