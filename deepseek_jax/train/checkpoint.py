@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from deepseek_jax.core import tree
+from deepseek_jax.optim.averaging import averaged_params
 from deepseek_jax.train.state import TrainState
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,10 +38,12 @@ class Checkpoints:
 
   A step directory holds four items: `model` (parameters and other model state,
   all that evaluation needs), `training` (counters, optimizer and metric state),
-  `data` (the Grain iterator) and `progress` (plain JSON). Arrays are stored
-  under their path, `params/stages/0/kernel`, so that a mismatch can be told by
-  path. Orbax commits a step by renaming its directory: a process killed in the
-  middle of a save leaves the previous step as the latest.
+  `data` (the Grain iterator) and `progress` (plain JSON). Where the optimizer
+  averages, `model` holds the averaged parameters and `training` the ones to go
+  on from. Arrays are stored under their path, `params/stages/0/kernel`, so that
+  a mismatch can be told by path. Orbax commits a step by renaming its
+  directory: a process killed in the middle of a save leaves the previous step
+  as the latest.
 
   Args:
     directory: Where to write; made when missing.
@@ -170,6 +173,7 @@ class Checkpoints:
           progress=ocp.args.JsonRestore(),
         ),
       )
+    # In this order: parameters in `training` are those before averaging.
     flat = {**restored["model"], **restored["training"]}
     leaves = [flat[path] for path in tree.leaf_paths(like)]
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -187,7 +191,7 @@ class Checkpoints:
       ValueError: If the checkpoint is of another model; lists the leaves.
     """
     like = {"params": params, "rest": rest}
-    model = dict(zip(tree.leaf_paths(like), jax.tree.leaves(like), strict=True))
+    model = _flat(like)
     self._check(step, "model", model)
     with self._intact(step):
       flat = self._manager.restore(
@@ -297,13 +301,21 @@ def _sweep(directory: pathlib.Path) -> None:
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (model, training) as flat dicts from path to array."""
-  flat = dict(zip(tree.leaf_paths(state), jax.tree.leaves(state), strict=True))
-  model = {
+  params = averaged_params(state.opt_state, state.params)
+  model = _flat({"params": params, "rest": state.rest})
+  # What is averaged is another array under the same path, and goes into both.
+  training = {
     path: leaf
-    for path, leaf in flat.items()
-    if path.startswith(("params/", "rest/"))
+    for path, leaf in _flat(state).items()
+    if model.get(path) is not leaf
   }
-  return model, {path: flat[path] for path in flat.keys() - model.keys()}
+  return model, training
+
+
+def _flat(nested: Any) -> dict[str, Any]:
+  """Returns a flat dict from path to array."""
+  leaves = jax.tree.leaves(nested)
+  return dict(zip(tree.leaf_paths(nested), leaves, strict=True))
 
 
 def _abstract(flat: Mapping[str, Any]) -> dict[str, Any]:

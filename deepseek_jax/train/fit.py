@@ -87,6 +87,10 @@ def fit(
   things it cannot compare when it goes on: the settings inside `tx` (pass them
   as `config`) and the contents of arrays given to `data.from_arrays`.
 
+  Where `tx` averages its iterates (`optim.anytime_average`), the average is
+  what is evaluated, compared, saved and returned; training goes on from the
+  iterate. Batch norm's running statistics stay those of the iterates.
+
   SIGTERM and SIGINT (the stop button of a notebook) finish the current step,
   write one checkpoint and return with `complete=False`; calling again goes on.
   Calling again after the end returns the same result without training.

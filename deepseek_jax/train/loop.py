@@ -86,7 +86,7 @@ class Loop:
     state: Where to start, on the devices.
     train_step: The jitted step.
     stream: Iterator over batches, with Grain's `get_state`.
-    evaluate: From (params, rest) to metrics of the validation split.
+    evaluate: From the state to metrics of the validation split.
     learning_rates: From (opt_state, params) to rate by path, or None.
     stopping: What watches the evaluations.
     run: Where lines go.
@@ -102,7 +102,7 @@ class Loop:
     state: TrainState,
     train_step: Callable[[TrainState, Any], TrainState],
     stream: grain.DatasetIterator,
-    evaluate: Callable[[Any, Any], dict[str, float]],
+    evaluate: Callable[[TrainState], dict[str, float]],
     learning_rates: Callable[[Any, Any], dict[str, Any]] | None,
     stopping: EarlyStopping,
     run: RunDirectory,
@@ -192,7 +192,7 @@ class Loop:
   def _evaluation(self, step: int) -> bool:
     """Evaluates, completes the pending record; returns whether it is best."""
     extra: dict[str, Any] = {"steps_per_second": self._speed(step)}
-    found = self._evaluate(self.state.params, self.state.rest)
+    found = self._evaluate(self.state)
     extra |= found
     if self._learning_rates is not None:
       rates = jax.device_get(

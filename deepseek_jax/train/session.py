@@ -17,6 +17,7 @@ from deepseek_jax import data as data_lib
 from deepseek_jax import optim
 from deepseek_jax.core import tree
 from deepseek_jax.data.dataset import ArrayReader
+from deepseek_jax.optim.averaging import averaged_params
 from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train import run_directory
 from deepseek_jax.train import state as state_lib
@@ -239,8 +240,9 @@ class Session:
     nnx.update(self._model, params, rest)
     return params, rest
 
-  def _validate(self, params: Any, rest: Any) -> dict[str, float]:
-    return self.evaluator.metrics(params, rest, self._data.validation)
+  def _validate(self, state: state_lib.TrainState) -> dict[str, float]:
+    params = averaged_params(state.opt_state, state.params)
+    return self.evaluator.metrics(params, state.rest, self._data.validation)
 
   def _learning_rates(self) -> Callable[[Any, Any], dict[str, Any]] | None:
     """Returns the jitted read-back of rates, None if all are hidden."""
