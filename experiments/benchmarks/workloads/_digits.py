@@ -1,0 +1,45 @@
+"""The handwritten digits, split once for all workloads that train on them."""
+
+import functools
+
+import jax
+import numpy as np
+
+BATCH = 64
+_VALIDATION = 540  # Of 1,797 images.
+
+
+@functools.cache
+def images() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Images [B, 64] in [0, 1] and labels [B]: to train on, to validate on."""
+  from sklearn.datasets import load_digits
+
+  found = load_digits()
+  order = np.random.default_rng(0).permutation(len(found.target))
+  data = {
+    "image": (found.data[order] / 16).astype(np.float32),
+    "label": found.target[order].astype(np.int32),
+  }
+  train = {name: array[_VALIDATION:] for name, array in data.items()}
+  return train, {name: array[:_VALIDATION] for name, array in data.items()}
+
+
+def batch(seed: int, step: int) -> dict[str, np.ndarray]:
+  """The batch of a step."""
+  import workloads
+
+  train, _ = images()
+  chosen = workloads.rows(seed, step, len(train["label"]), BATCH)
+  return {name: array[chosen] for name, array in train.items()}
+
+
+def dense(key: jax.Array, fan_in: int, fan_out: int) -> dict[str, jax.Array]:
+  """A kernel for ReLU (He's variance) and a bias of zeros."""
+  kernel = jax.random.normal(key, (fan_in, fan_out)) * (2 / fan_in) ** 0.5
+  return {"kernel": kernel, "bias": jax.numpy.zeros(fan_out)}
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """The mean over a batch."""
+  chosen = jax.numpy.take_along_axis(logits, labels[..., None], -1)[..., 0]
+  return jax.numpy.mean(jax.nn.logsumexp(logits, -1) - chosen)
