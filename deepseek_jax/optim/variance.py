@@ -77,6 +77,9 @@ def scale_by_relative_snr(
     mean square of a leaf. For plain SGD; before Adam it would do nothing, as
     Adam divides any factor of a leaf out again.
 
+  Cost, on a busy CPU with 9M parameters: reading Adam's moments took 1.15 times
+  AdamW in one run and 1.35 in another, moments kept here about 3.5 times.
+
   It is no tuning knob to start with: as a gain of at most 1 the ratio was
   measured to hurt (that is a smaller learning rate), and normalised to
   geometric mean 1 to be about neutral in steps to a target.
@@ -181,9 +184,9 @@ def _keep_moments(
 def _follow(mu: Array, grad: Array, b1: jax.typing.ArrayLike) -> Array:
   wide = jnp.promote_types(jnp.promote_types(mu.dtype, grad.dtype), jnp.float32)
   new = b1 * mu.astype(wide) + (1 - b1) * grad.astype(wide)
-  new = new.astype(mu.dtype)
   # What float32 holds may be infinite in a narrower `mu_dtype`.
-  return jnp.where(jnp.isfinite(new), new, mu)
+  fits = jnp.abs(new) <= float(jnp.finfo(mu.dtype).max)
+  return jnp.where(fits, new, mu.astype(wide)).astype(mu.dtype)
 
 
 def _read_levels(
