@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.core import is_number
-from deepseek_jax.core.typing import PyTree, Rules
+from deepseek_jax.core.typing import Rules
+from deepseek_jax.optim.decay import matrices as matrices
 from deepseek_jax.optim.guard import zero_non_finite
 from deepseek_jax.optim.layers import scale_by_layer
 from deepseek_jax.optim.loss import scale_by_loss_ratio
@@ -102,15 +103,6 @@ def deepseek(
     parts.append(("loss", _resting(scale_by_loss_ratio(loss_power))))
   parts.append(("rate", scale_by_rate(warmup(learning_rate, warmup_steps))))
   return optax.named_chain(*parts)
-
-
-def matrices(params: PyTree) -> PyTree:
-  """Returns the mask of the leaves with two or more dimensions.
-
-  >>> matrices({"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)})
-  {'bias': False, 'kernel': True}
-  """
-  return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
 
 
 def _resting(

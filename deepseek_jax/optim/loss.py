@@ -115,18 +115,30 @@ def scale_by_loss_ratio(
 
   def update_fn(updates, state, params=None, *, value=None, **extra_args):
     del params, extra_args
-    value = _as_loss(value)
+    value = as_loss(value, "scale_by_loss_ratio")
     state = select_tree(jnp.isfinite(value), follow(state, value), state)
     return scale_tree(updates, state.rate_scale), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _as_loss(value: jax.typing.ArrayLike | None) -> Scalar:
-  """Returns the loss in float32, or says what is wrong with it."""
+def as_loss(value: jax.typing.ArrayLike | None, name: str) -> Scalar:
+  """Returns the loss in float32, or says what the transform lacks.
+
+  Args:
+    value: What `update` was given: a scalar.
+    name: The transform that asks, for the message.
+
+  Returns:
+    A float32 scalar; NaN and infinities pass.
+
+  Raises:
+    TypeError: If there is no value.
+    ValueError: If it is no scalar.
+  """
   if value is None:
     raise TypeError(
-      "scale_by_loss_ratio needs the loss: call "
+      f"{name} needs the loss: call "
       "tx.update(grads, opt_state, params, value=loss)."
     )
   if jnp.shape(value) != ():

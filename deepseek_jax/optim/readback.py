@@ -7,8 +7,9 @@ A state takes part by its field names, so a transform of your own can join:
   the order of `jax.tree.leaves`: factors on top of it;
 * `scope`, made by `scope_of(params)` in `init`: which leaves they act on.
 
-The states of `optax.inject_hyperparams` and `optax.contrib.reduce_on_plateau`
-are read too.
+Whatever else such a state holds, as the state of a wrapped transform, is read
+too; so are those of `optax.inject_hyperparams` and
+`optax.contrib.reduce_on_plateau`.
 """
 
 import functools
@@ -123,15 +124,13 @@ def _read(
     scope = _covered(state.inner_state, params)
     return _read(state.inner_state, scope, params)
   if hasattr(state, "scope"):
-    return _read_own(state)
+    return _read_own(state, params)
   if isinstance(state, optax.contrib.ReduceLROnPlateauState):
     return _scalar(state.scale, scope, params, rated=False)
   if isinstance(state, optax.ScaleByScheduleState):
     reason = "the state of optax.scale_by_schedule holds a count only"
     return _Reading({}, frozenset(), dict.fromkeys(leaf_paths(params), reason))
-  reading = functools.reduce(
-    _join, (_read(s, scope, params) for s in _children(state)), _nothing()
-  )
+  reading = _read_all(_children(state), scope, params)
   rate = getattr(state, "hyperparams", {}).get("learning_rate")
   if rate is None:
     return reading
@@ -144,7 +143,15 @@ def _read(
   return _join(reading, _scalar(rate, rest, params, rated=True))
 
 
-def _read_own(state: Any) -> _Reading:
+def _read_all(
+  states: Iterable[Any], scope: frozenset[Path] | None, params: Params
+) -> _Reading:
+  """Reads the parts of a state and joins them."""
+  readings = (_read(state, scope, params) for state in states)
+  return functools.reduce(_join, readings, _nothing())
+
+
+def _read_own(state: Any, params: Params) -> _Reading:
   """Reads a state that follows the convention of this module."""
   paths = leaf_paths(state.scope, is_leaf=_is_mark)
   reading = _nothing()
@@ -158,7 +165,9 @@ def _read_own(state: Any) -> _Reading:
     scales = jnp.asarray(state.rate_scales, jnp.float32)
     factors = {path: scales[..., i] for i, path in enumerate(paths)}
     reading = _join(reading, _Reading(factors, frozenset(), {}))
-  return reading
+  # A transform around another holds its state; the scope is a record of ours.
+  rest = [part for part in _children(state) if part is not state.scope]
+  return _join(reading, _read_all(rest, frozenset(paths), params))
 
 
 def _scalar(

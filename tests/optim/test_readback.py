@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from deepseek_jax import optim
+from deepseek_jax.optim.polyak import cap_by_polyak
 
 PARAMS = {
   "head": {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))},
@@ -44,6 +45,24 @@ READABLE = {
       optim.scale_by_rate(0.4), optim.scale_by_loss_ratio(1.0, decay=0.0)
     ),
     same(0.1),
+  ),
+  "capped": (
+    cap_by_polyak(decay=0.0, inner=optim.scale_by_rate(0.4)),
+    same(0.1),
+  ),
+  "capped_injected": (
+    cap_by_polyak(decay=0.0, inner=injected(optax.sgd)(learning_rate=0.4)),
+    same(0.1),
+  ),
+  "capped_in_a_partition": (
+    optax.partition(
+      {
+        "head": cap_by_polyak(decay=0.0, inner=injected(optax.sgd)(0.3)),
+        "rest": optim.scale_by_rate(0.2),
+      },
+      by_head,
+    ),
+    {BIAS: 1 / 6, KERNEL: 1 / 6, STAGE: 0.2},
   ),
   "deepseek": (
     optim.deepseek(0.4, warmup_steps=6, layer_rules=RULES, loss_power=0.5),
@@ -128,7 +147,9 @@ def test_rates_are_the_product_of_what_the_states_record(name):
     )
 
 
-@pytest.mark.parametrize("name", ["rate", "schedule", "layers", "loss"])
+@pytest.mark.parametrize(
+  "name", ["rate", "schedule", "layers", "loss", "capped"]
+)
 def test_rates_are_what_the_update_did(name):
   tx, _ = READABLE[name]
   state = tx.init(PARAMS)
