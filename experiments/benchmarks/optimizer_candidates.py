@@ -6,20 +6,20 @@ its numbers but not branch on them.
 """
 
 import dataclasses
-import importlib.util
-import itertools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import workloads
 
 Setting = Mapping[str, float]
 RATES = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 6e-2)  # AdamW's.
-PEER_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+PEER_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 OUR_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+DECAYS = (0.0, 0.1)
 
 
 def raw(opt_state: Any, params: Any) -> Any:
@@ -37,47 +37,64 @@ class Candidate:
     grid: what it is tuned over.
     default: the setting that takes no tuning.
     evaluate_at: (opt_state, params) to the parameters validated.
-    ours: whether it is of this library, for tables and figures.
+    tuned: whether tables show its best setting for each target, or always the
+      default.
   """
 
   make: Callable[[Setting, int], optax.GradientTransformation]
   grid: tuple[Setting, ...]
   default: Setting
   evaluate_at: Callable[[Any, Any], Any] = raw
-  ours: bool = False
+  tuned: bool = True
 
 
 def by_rate(
   make: Callable[..., optax.GradientTransformation],
-  rates: tuple[float, ...] = PEER_RATES,
+  rates: Sequence[float] = PEER_RATES,
   default: float = 1e-3,
+  decays: Sequence[float] = (),
   **options: Any,
 ) -> Candidate:
-  """A candidate with nothing but a learning rate to tune."""
-  return Candidate(
-    make=lambda setting, total_steps: make(setting["rate"]),
-    grid=tuple({"rate": rate} for rate in rates),
-    default={"rate": default},
-    **options,
-  )
+  """A candidate whose rate is tuned and, if `decays` are given, its decay.
+
+  Args:
+    make: (rate) or (rate, weight_decay=decay) to a transform.
+    rates: of the grid.
+    default: rate.
+    decays: of the grid; the first is the default.
+    **options: other fields.
+  """
+
+  def build(setting, total_steps):
+    del total_steps
+    if "decay" not in setting:
+      return make(setting["rate"])
+    return make(setting["rate"], weight_decay=setting["decay"])
+
+  grid: list[Setting] = [{"rate": rate} for rate in rates]
+  first: Setting = {"rate": default}
+  if decays:
+    grid = [{**s, "decay": decay} for s in grid for decay in decays]
+    first = {**first, "decay": decays[0]}
+  return Candidate(make=build, grid=tuple(grid), default=first, **options)
 
 
 def ours(**options: Any) -> Candidate:
-  """`optim.deepseek` with keyword arguments, at its default rate."""
+  """`optim.deepseek` with keyword arguments, always at its default rate."""
 
   def make(rate):
     from deepseek_jax import optim
 
     return optim.deepseek(rate, **options)
 
-  return by_rate(make, OUR_RATES, 1e-2, evaluate_at=averaged, ours=True)
+  return by_rate(make, OUR_RATES, 1e-2, evaluate_at=averaged, tuned=False)
 
 
 def averaged(opt_state: Any, params: Any) -> Any:
   """The average that the state holds, or the parameters."""
-  from deepseek_jax import optim
+  from deepseek_jax.optim.averaging import averaged_params
 
-  return optim.averaged_params(opt_state, params)
+  return averaged_params(opt_state, params)
 
 
 def _matrices(params):
@@ -104,87 +121,97 @@ def _adamw(setting, total_steps):
   )
 
 
-def _muon(rate):
+def _nadamw(rate, weight_decay):
+  return optax.nadamw(rate, weight_decay=weight_decay, mask=_matrices)
+
+
+def _muon(rate, weight_decay):
   """Muon as its authors use it: hidden matrices only, Adam for the rest."""
-  outer = ("embed", "positions", "head", "decision")
-
-  def dimensions(params):
-    def label(path, leaf):
-      words = {str(getattr(key, "key", key)) for key in path}
-      if jnp.ndim(leaf) < 2 or words & set(outer):
-        return None
-      # Of a convolution, everything but the output channels is the input.
-      return optax.contrib.MuonDimensionNumbers(
-        tuple(range(jnp.ndim(leaf) - 1)), jnp.ndim(leaf) - 1
-      )
-
-    return jax.tree_util.tree_map_with_path(label, params)
-
   return optax.contrib.muon(
-    rate, muon_weight_dimension_numbers=dimensions, consistent_rms=0.2
+    rate,
+    weight_decay=weight_decay,
+    muon_weight_dimension_numbers=_hidden_matrices,
+    consistent_rms=0.2,  # With Adam's rate for both.
   )
 
 
-def _plateau(rate):
-  # Waits 20 steps of which none beat the best loss by 1 %, then halves.
+def _hidden_matrices(params):
+  outer = {"embed", "positions", "head", "decision"}
+
+  def dimensions(path, leaf):
+    if jnp.ndim(leaf) < 2 or outer & {str(key.key) for key in path}:
+      return None
+    # Of a convolution, everything but the output channels is the input.
+    last = jnp.ndim(leaf) - 1
+    return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last)
+
+  return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _plateau(rate, weight_decay):
+  # Halves when of 25 steps, averaged by fives, none beat the best by 1 %.
   return optax.chain(
-    optax.adamw(rate, mask=_matrices),
+    optax.adamw(rate, weight_decay=weight_decay, mask=_matrices),
     optax.contrib.reduce_on_plateau(
-      factor=0.5, patience=4, rtol=1e-2, accumulation_size=5
+      factor=0.5, patience=5, rtol=1e-2, accumulation_size=5
     ),
   )
 
 
-def _soap(rate):
-  from deepseek_jax import optim
+def _soap(rate, weight_decay):
+  from deepseek_jax.optim.whitening import scale_by_whitening
 
   return optax.chain(
-    optim.scale_by_whitening(kind="soap"), optax.scale_by_learning_rate(rate)
+    scale_by_whitening(kind="soap"),
+    optax.add_decayed_weights(weight_decay, _matrices),
+    optax.scale_by_learning_rate(rate),
   )
 
 
 def _loss_level(rate):
-  from deepseek_jax import optim
+  from deepseek_jax.optim.classic import loss_level_sgd
 
-  return optim.loss_level_sgd(rate)
+  return loss_level_sgd(rate)
 
 
 def _variance(rate):
-  from deepseek_jax import optim
+  from deepseek_jax.optim.classic import variance_scaled
 
-  return optim.variance_scaled(rate, mode="global")
+  return variance_scaled(rate, mode="global")
 
-
-ADAMW_GRID = tuple(
-  {"rate": rate, "horizon": horizon, "b2": b2, "decay": decay}
-  for rate, horizon, b2, decay in itertools.product(
-    RATES, (0.0, 0.5, 1.0), (0.95, 0.999), (0.0, 0.1)
-  )
-)
 
 CANDIDATES = {
   "adamw": Candidate(
     make=_adamw,
-    grid=ADAMW_GRID,
+    grid=tuple(
+      {"rate": rate, "horizon": horizon, "b2": b2, "decay": decay}
+      for rate in RATES
+      for horizon in (0.0, 0.5, 1.0)
+      for b2 in (0.95, 0.999)
+      for decay in DECAYS
+    ),
     default={"rate": 1e-3, "horizon": 1.0, "b2": 0.999, "decay": 0.0},
   ),
-  "nadamw": by_rate(lambda rate: optax.nadamw(rate, mask=_matrices)),
+  "nadamw": by_rate(_nadamw, decays=DECAYS),
   "schedule_free_adamw": by_rate(
     optax.contrib.schedule_free_adamw,
     default=2.5e-3,
+    decays=DECAYS,
     evaluate_at=optax.contrib.schedule_free_eval_params,
   ),
-  "muon": by_rate(_muon, default=1e-2),
+  "muon": by_rate(_muon, default=1e-2, decays=DECAYS),
   "prodigy": by_rate(
-    optax.contrib.prodigy, (0.1, 0.3, 0.5, 1.0, 2.0, 3.0), default=1.0
+    optax.contrib.prodigy, (0.1, 0.3, 1.0, 3.0, 10.0), 1.0, decays=DECAYS
   ),
-  "momo_adam": by_rate(optax.contrib.momo_adam, default=1e-2),
-  "plateau": by_rate(_plateau, default=1e-3),
-  "soap": by_rate(_soap, default=3e-3),
+  "momo_adam": by_rate(optax.contrib.momo_adam, default=1e-2, decays=DECAYS),
+  "plateau": by_rate(_plateau, decays=DECAYS),
+  "soap": by_rate(_soap, default=3e-3, decays=DECAYS),
   "loss_level_sgd": by_rate(
     _loss_level, (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1), default=1e-2
   ),
-  "variance_scaled": by_rate(_variance, default=1e-2),
+  "variance_scaled": by_rate(
+    _variance, (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), default=1e-2
+  ),
   "deepseek": ours(),
 }
 
@@ -199,16 +226,14 @@ def find(name: str, file: pathlib.Path | None = None) -> Candidate:
   Raises:
     ValueError: neither has it.
   """
-  known = CANDIDATES | (_in_file(pathlib.Path(file)) if file else {})
-  if name not in known:
+  found = known(file)
+  if name not in found:
     raise ValueError(
-      f"candidate must be one of {', '.join(sorted(known))}, got {name=}."
+      f"candidate must be one of {', '.join(sorted(found))}, got {name=}."
     )
-  return known[name]
+  return found[name]
 
 
-def _in_file(path: pathlib.Path) -> dict[str, Candidate]:
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.CANDIDATES
+def known(file: pathlib.Path | None = None) -> dict[str, Candidate]:
+  """All candidates by name, those of a further file included."""
+  return CANDIDATES | (workloads.imported(file).CANDIDATES if file else {})

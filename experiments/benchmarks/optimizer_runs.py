@@ -13,11 +13,12 @@ import multiprocessing
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import workloads
 
+Setting = Mapping[str, float]
 EVERY = 10  # Steps between two evaluations.
 # One thread: a run is on its own core, and a core runs one.
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -92,7 +93,7 @@ class Trainer:
     )
     self._compiled = False
 
-  def run(self, setting: dict[str, float], seed: int) -> dict[str, Any]:
+  def run(self, setting: Setting, seed: int) -> dict[str, Any]:
     """Returns losses, one every `EVERY` steps, and seconds of training.
 
     Ends at the first loss that is not finite, from which no optimizer comes
@@ -124,6 +125,18 @@ class Trainer:
       "steps": self.workload.steps,
       "seconds_per_step": float(f"{seconds / last:.4g}"),
     }
+
+  def repeat(self, setting: Setting, batch: Any) -> Callable[[], object]:
+    """A function that does one more step on a batch and waits for it."""
+    import jax
+
+    state, arguments = self._start(setting, 0)
+
+    def once():
+      nonlocal state
+      state = jax.block_until_ready(self._step(arguments, *state, batch))
+
+    return once
 
   def _start(self, setting, seed):
     import jax
@@ -251,7 +264,7 @@ def _perform_all(
 
 def _cores() -> list[int | None]:
   if hasattr(os, "sched_getaffinity"):
-    return sorted(os.sched_getaffinity(0))
+    return list(sorted(os.sched_getaffinity(0)))
   return [None] * (os.cpu_count() or 1)
 
 

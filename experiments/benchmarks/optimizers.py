@@ -1,16 +1,17 @@
 """Steps to a target of optimizers, against AdamW tuned for each workload.
 
 A small AlgoPerf on a CPU: model, data, batches and start are fixed, only the
-optimizer differs. Targets are the hardest validation losses that the best of 108
-settings of AdamW reaches (median of 5 seeds) in half of the steps, and in 0.9
-of them. Every run is remembered, so each command can be killed and goes on.
+optimizer differs. Targets are the hardest validation losses that the best of
+108 settings of AdamW reaches (median of 5 seeds) in half of the steps, and in
+0.9 of them. Every run is remembered: a command that was killed goes on.
 
-  optimizers.py tune                  # AdamW's 108 settings; freezes the targets
+  optimizers.py tune                  # AdamW; freezes the targets
   optimizers.py tune --candidates muon soap ...       # a rate for every peer
   optimizers.py run --candidates deepseek             # scoring seeds, default
   optimizers.py run --candidates muon --settings best # scoring seeds, as tuned
   optimizers.py run --candidates deepseek --settings grid --seeds 0
   optimizers.py compare --candidates deepseek --seeds 0 1 2
+  optimizers.py time --workloads byte_lm --candidates deepseek muon soap
   optimizers.py report                # optimizers.json and optimizers.svg
 
 Development seeds (0 to 4) choose settings and targets; scoring seeds (100 to
@@ -19,11 +20,13 @@ defines CANDIDATES, name to optimizer_candidates.Candidate.
 """
 
 import argparse
+import dataclasses
+import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import harness_machine as machine
@@ -42,12 +45,15 @@ def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  commands = ("tune", "targets", "run", "compare", "report")
+  commands = ("tune", "targets", "run", "compare", "time", "report")
   parser.add_argument("command", choices=commands)
   add = parser.add_argument
   add("--candidates", nargs="+", help="(tune: adamw, otherwise all)")
   add("--workloads", nargs="+", help="(all)")
-  add("--seeds", nargs="+", type=int, help="(run: scoring, tune: development)")
+  add("--seeds", nargs="+", type=int, help="(run: scoring, compare: 0-2)")
+  add("--development", nargs="+", type=int, default=DEVELOPMENT, help="(0-4)")
+  add("--scoring", nargs="+", type=int, default=SCORING, help="seeds (100-104)")
+  add("--scales", nargs="+", type=int, default=(1, 4, 16), help="of batches")
   add("--settings", choices=("default", "grid", "best"), default="default")
   add("--jobs", type=int, default=1, help="processes, a core each (1)")
   add("--again", action="store_true", help="run also what was run already")
@@ -77,6 +83,10 @@ class Bench:
     self.targets_path = arguments.results / "optimizers_targets.json"
     self.targets = scores.load(self.targets_path)
 
+  def development(self, name: str = "") -> Sequence[int]:
+    """Seeds that choose settings: all for the baseline, three for others."""
+    return self.arguments.development[: None if name == scores.BASELINE else 3]
+
   def candidate(self, name: str) -> candidates.Candidate:
     """The optimizer of a name."""
     return candidates.find(name, self.places.candidates)
@@ -100,7 +110,7 @@ class Bench:
   def _tune(self, workload: str, name: str) -> None:
     baseline = name == scores.BASELINE
     keep = self.arguments.keep or (8 if baseline else 3)
-    seeds = self.arguments.seeds or DEVELOPMENT[: 5 if baseline else 3]
+    seeds = self.development(name)
     grid = self.candidate(name).grid
     again = self.arguments.again
     runs = self.ensure(
@@ -125,7 +135,7 @@ class Bench:
     """Freezes the targets of the workloads from the runs there are."""
     runs = training.read(self.places.runs)
     for workload in self.arguments.workloads:
-      self._freeze(workload, runs, self.arguments.seeds or DEVELOPMENT)
+      self._freeze(workload, runs, self.development(scores.BASELINE))
 
   def _freeze(self, workload: str, runs: scores.Runs, seeds) -> None:
     steps = workloads.load(workload, self.places.workloads).steps
@@ -154,16 +164,17 @@ class Bench:
 
   def best(self, runs: scores.Runs, workload: str, name: str) -> Any:
     """A candidate's best setting on development seeds for each target."""
+    seeds = self.development(name)
     for kind, target in self.targets[workload].items():
-      rows = scores.ranked(runs, workload, name, DEVELOPMENT[:3], kind, target)
+      rows = scores.ranked(runs, workload, name, seeds, kind, target)
       if not rows:
         raise SystemExit(f"no tuned setting: tune --candidates {name} first")
       yield rows[0][1]
 
-  def run(self, seeds=SCORING) -> scores.Runs:
+  def run(self, seeds=None) -> scores.Runs:
     """Runs candidates and the baseline's settings on the seeds."""
     names = self.arguments.candidates or list(candidates.CANDIDATES)
-    seeds = self.arguments.seeds or seeds
+    seeds = seeds or self.arguments.seeds or self.arguments.scoring
     tasks = [
       training.Task.of(workload, name, setting, seed)
       for workload in self.arguments.workloads
@@ -182,7 +193,7 @@ class Bench:
     """Runs on development seeds what is missing, and prints a table."""
     import optimizer_report
 
-    seeds = self.arguments.seeds or DEVELOPMENT[:3]
+    seeds = self.arguments.seeds or self.development()
     runs = self.run(seeds)
     rows = {}
     for name in self.arguments.candidates or list(candidates.CANDIDATES):
@@ -197,11 +208,57 @@ class Bench:
       rows, self.targets, runs, self.arguments.workloads, seeds
     )
 
+  def time(self) -> None:
+    """Times steps of the candidates and the baseline, one workload each."""
+    import optimizer_times
+
+    load, path = os.getloadavg()[0], self._times_path
+    found = json.loads(path.read_text()) if path.exists() else {}
+    names = self.arguments.candidates or list(candidates.CANDIDATES)
+    chosen = {n: self.candidate(n) for n in [scores.BASELINE, *names]}
+    for name in self.arguments.workloads:
+      workload = workloads.load(name, self.places.workloads)
+      found[name] = {
+        "scales": optimizer_times.times(
+          workload, chosen, scales=self.arguments.scales
+        ),
+        "load_before": round(load, 2),
+        "verdict": machine.doubt(load, machine.cores()) or "judged",
+        "hardware": machine.hardware(),
+      }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
   def report(self) -> None:
     """Writes the JSON file and the figure, and prints the tables."""
     import optimizer_report
+    import optimizer_summary
 
-    optimizer_report.write(self)
+    path = self._times_path
+    summary = optimizer_summary.summarize(
+      training.read(self.places.runs),
+      self.targets,
+      candidates.known(self.places.candidates),
+      development=self.development(),
+      scoring=self.arguments.scoring,
+    )
+    optimizer_report.write(
+      summary,
+      self.arguments.results,
+      scoring_seeds=list(self.arguments.scoring),
+      targets={
+        f"{workload}/{kind}": dataclasses.asdict(target)
+        for workload, kinds in self.targets.items()
+        for kind, target in kinds.items()
+      },
+      ablations=list(candidates.ABLATIONS),
+      times=json.loads(path.read_text()) if path.exists() else {},
+    )
+
+  @property
+  def _times_path(self) -> pathlib.Path:
+    return self.arguments.results / "optimizers_times.json"
 
 
 def progress(records: Iterator[Any], total: int) -> Iterator[Any]:
@@ -236,6 +293,7 @@ def main() -> None:
     "targets": bench.freeze,
     "run": bench.run,
     "compare": bench.compare,
+    "time": bench.time,
     "report": bench.report,
   }
   commands[arguments.command]()

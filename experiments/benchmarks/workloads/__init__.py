@@ -7,9 +7,10 @@ defines `WORKLOAD`. Adding a workload is adding a file.
 import dataclasses
 import importlib.util
 import pathlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
 Params = Any
@@ -57,20 +58,28 @@ def load(name: str, folder: pathlib.Path = FOLDER) -> Workload:
       f"workload must be one of {', '.join(names(folder))}, got {name=}."
     )
   path = pathlib.Path(folder) / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(f"workload_{name}", path)
+  return imported(path).WORKLOAD
+
+
+def imported(path: pathlib.Path) -> Any:
+  """The module in a file, wherever that is.
+
+  Raises:
+    ValueError: there is no such Python file.
+  """
+  spec = importlib.util.spec_from_file_location(f"of_{path.stem}", path)
+  if spec is None or spec.loader is None or not path.exists():
+    raise ValueError(f"path must be that of a Python file, got {path=}.")
   module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module
   spec.loader.exec_module(module)
-  return module.WORKLOAD
+  return module
 
 
-def rows(seed: int, step: int, total: int, size: int) -> Sequence[int]:
+def rows(seed: int, step: int, total: int, size: int) -> np.ndarray:
   """Rows of the batch of a step: each row once an epoch, in shuffled order.
 
   Rows that do not fill the last batch of an epoch wait for the next one.
   """
-  import numpy as np
-
   epoch, place = divmod(step, total // size)
   order = np.random.default_rng((seed, epoch)).permutation(total)
   return order[place * size : (place + 1) * size]

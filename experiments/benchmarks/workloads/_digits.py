@@ -14,11 +14,11 @@ def images() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
   """Images [B, 64] in [0, 1] and labels [B]: to train on, to validate on."""
   from sklearn.datasets import load_digits
 
-  found = load_digits()
-  order = np.random.default_rng(0).permutation(len(found.target))
+  pixels, labels = load_digits(return_X_y=True)
+  order = np.random.default_rng(0).permutation(len(labels))
   data = {
-    "image": (found.data[order] / 16).astype(np.float32),
-    "label": found.target[order].astype(np.int32),
+    "image": (pixels[order] / 16).astype(np.float32),
+    "label": labels[order].astype(np.int32),
   }
   train = {name: array[_VALIDATION:] for name, array in data.items()}
   return train, {name: array[:_VALIDATION] for name, array in data.items()}

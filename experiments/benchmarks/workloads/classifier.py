@@ -2,6 +2,8 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax import models
@@ -24,19 +26,19 @@ def model(seed):
 @functools.cache
 def structure():
   """Everything of the model but its parameters."""
-  graph, _, rest = nnx.split(model(0), nnx.Param, ...)
-  return graph, nnx.as_pure(rest)
+  with jax.ensure_compile_time_eval():  # The first call may be in a trace.
+    graph, _, rest = nnx.split(model(0), nnx.Param, ...)
+  return graph, nnx.to_pure_dict(rest)
 
 
 def init(seed):
-  params = nnx.split(model(seed), nnx.Param, ...)[1]
-  return nnx.to_pure_dict(params)
+  return nnx.to_pure_dict(nnx.split(model(seed), nnx.Param, ...)[1])
 
 
 def loss(params, batch):
-  logits = nnx.merge(structure()[0], params, structure()[1])(
-    batch["image"].reshape(-1, 8, 8, 1)
-  )
+  images = jnp.asarray(batch["image"]).reshape(-1, 8, 8, 1)
+  graph, rest = structure()
+  logits = nnx.merge(graph, params, rest)(images)
   return _digits.cross_entropy(logits, batch["label"])
 
 
