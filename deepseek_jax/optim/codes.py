@@ -33,7 +33,7 @@ def to_int8(
   """Encodes an array on a grid of fourth powers.
 
   The grid is fine everywhere: neighbours lie 3 % apart at the largest value of
-  a block and 50 % at 2e-5 of it (half of that in blocks of one sign, such as
+  a block and 60 % at 2e-5 of it (half of that in blocks of one sign, such as
   second moments), and the least is 4e-9. Zero stays zero, and nothing else
   becomes zero.
 
@@ -44,7 +44,8 @@ def to_int8(
     block: Elements that share a scale; see `block_size`.
 
   Returns:
-    The codes. Over the noise, the mean of what they decode to is the value.
+    The codes. Over the noise, the mean of what they decode to is the value,
+    unless that is below the least number of the grid, to which it is raised.
 
   >>> packed = to_int8(jnp.array([1.0, -1e-4, 0.0, 0.0]), 0, 0, block=2)
   >>> print(packed.scales, from_int8(packed)[0])
