@@ -51,8 +51,8 @@ def compact_moments(
   `optax.chain(compact_moments(optax.scale_by_adam()), ...)`, and leave
   averages of parameters and schedule-free methods outside.
 
-  Rounding is stochastic and keeps the mean. An average with decay 0.999 moves by
-  0.1 % of the gap a step, where neighbouring numbers lie 0.4 % (bfloat16) or
+  Rounding is stochastic and keeps the mean. An average of decay 0.999 moves
+  by 0.1 % of the gap a step; neighbouring numbers lie 0.4 % (bfloat16) or
   1.5 % (int8) apart or more: rounded to the nearest it would stick. The noise
   is a hash of place and step, so that a run repeats bit by bit.
 
