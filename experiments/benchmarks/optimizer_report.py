@@ -116,6 +116,8 @@ def _joined(text: str) -> str:
 
 def _print(result: dict[str, Any]) -> None:
   console = Console()
+  if not console.is_terminal:
+    console.width = 120
   for kind in scores.SHARES:
     console.print(_ratios(result, kind))
   console.print(_rates(result))

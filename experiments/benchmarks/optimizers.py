@@ -38,7 +38,7 @@ import workloads
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 DEVELOPMENT, SCORING = (0, 1, 2, 3, 4), (100, 101, 102, 103, 104)
 # Cheap ones first.
-ORDER = ("autoencoder", "mlp", "classifier", "cnn", "byte_lm")
+ORDER = ("autoencoder", "digits_mlp", "digits_classifier", "digits_cnn")
 
 
 def parse() -> argparse.Namespace:
@@ -139,6 +139,7 @@ class Bench:
 
   def _freeze(self, workload: str, runs: scores.Runs, seeds) -> None:
     steps = workloads.load(workload, self.places.workloads).steps
+    self.targets = scores.load(self.targets_path)  # Others may tune, too.
     self.targets[workload] = scores.targets_of(runs, workload, steps, seeds)
     scores.save(
       self.targets,

@@ -255,7 +255,7 @@ def test_decades_end_at_the_first_bad_rate(module):
 
 
 @pytest.mark.parametrize(
-  "name", ["autoencoder", "byte_lm", "classifier", "cnn", "mlp"]
+  "name", sorted(path.stem for path in (_FOLDER / "workloads").glob("[!_]*.py"))
 )
 def test_workloads_are_fixed_by_the_seed(module, name):
   workload = module("workloads").load(name)

@@ -1,4 +1,4 @@
-"""Digits as 8 x 8 images through two convolutions and a linear head."""
+"""Shifted digits, 8 x 8 pixels, through two convolutions and a linear head."""
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,10 @@ def loss(params, batch):
 
 
 WORKLOAD = Workload(
-  name="cnn",
+  name="digits_cnn",
   steps=400,
   init=init,
-  batch=_digits.batch,
+  batch=_digits.shifted_batch,
   loss=loss,
-  validation_loss=lambda params: loss(params, _digits.images()[1]),
+  validation_loss=lambda params: loss(params, _digits.shifted_validation()),
 )

@@ -1,4 +1,4 @@
-"""The library's CNN -> LSTM -> attention classifier, small, on the digits."""
+"""The CNN -> LSTM -> attention classifier, small, on shifted digits."""
 
 import functools
 
@@ -43,10 +43,10 @@ def loss(params, batch):
 
 
 WORKLOAD = Workload(
-  name="classifier",
+  name="digits_classifier",
   steps=400,
   init=init,
-  batch=_digits.batch,
+  batch=_digits.shifted_batch,
   loss=loss,
-  validation_loss=lambda params: loss(params, _digits.images()[1]),
+  validation_loss=lambda params: loss(params, _digits.shifted_validation()),
 )

@@ -1,4 +1,4 @@
-"""Digits through two hidden layers of 128."""
+"""Shifted digits through two hidden layers of 128."""
 
 import jax
 
@@ -26,10 +26,10 @@ def loss(params, batch):
 
 
 WORKLOAD = Workload(
-  name="mlp",
+  name="digits_mlp",
   steps=400,
   init=init,
-  batch=_digits.batch,
+  batch=_digits.shifted_batch,
   loss=loss,
-  validation_loss=lambda params: loss(params, _digits.images()[1]),
+  validation_loss=lambda params: loss(params, _digits.shifted_validation()),
 )
