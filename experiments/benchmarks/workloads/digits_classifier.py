@@ -1,7 +1,5 @@
 """The CNN -> LSTM -> attention classifier, small, on shifted digits."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,22 +21,25 @@ def model(seed):
   )
 
 
-@functools.cache
-def structure():
-  """Everything of the model but its parameters."""
-  with jax.ensure_compile_time_eval():  # The first call may be in a trace.
-    graph, _, rest = nnx.split(model(0), nnx.Param, ...)
-  return graph, nnx.to_pure_dict(rest)
+def split(seed):
+  """The model, its parameters, and what else it holds, as nested dicts."""
+  graph, params, rest = nnx.split(model(seed), nnx.Param, ...)
+  return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+# Everything of the model but its parameters. Found here and not in the loss,
+# whose trace would leak into it; jitted, the parameters are never computed.
+_GRAPH = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
+_REST = jax.jit(lambda: split(0)[2])()
 
 
 def init(seed):
-  return nnx.to_pure_dict(nnx.split(model(seed), nnx.Param, ...)[1])
+  return split(seed)[1]
 
 
 def loss(params, batch):
   images = jnp.asarray(batch["image"]).reshape(-1, 8, 8, 1)
-  graph, rest = structure()
-  logits = nnx.merge(graph, params, rest)(images)
+  logits = nnx.merge(_GRAPH, params, _REST)(images)
   return _digits.cross_entropy(logits, batch["label"])
 
 
