@@ -10,7 +10,8 @@ from harness_figure import _HUES, _INK, _MUTED, _STYLE
 
 OURS = "deepseek"
 _MISSED = 2.6  # Where a ratio is drawn that is infinite, or off the axis.
-_SIZE = (9.6, 4.9)  # Inches.
+_OFFSETS = {"middle": 0.18, "tight": -0.18}  # Of a row's two lines.
+_SIZE = (9.6, 5.0)  # Inches.
 
 
 def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -22,8 +23,8 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(_STYLE)
     figure = Figure(figsize=_SIZE)
-    left = figure.add_axes((0.155, 0.155, 0.45, 0.71))
-    right = figure.add_axes((0.69, 0.155, 0.29, 0.71))
+    left = figure.add_axes((0.165, 0.19, 0.45, 0.675))
+    right = figure.add_axes((0.69, 0.19, 0.295, 0.675))
     _draw_ratios(left, result)
     _draw_rates(right, result)
     figure.text(
@@ -41,6 +42,12 @@ def _draw_ratios(axes, result: Mapping[str, Any]) -> None:
   workloads = list(dict.fromkeys(k.split("/")[0] for k in result["targets"]))
   for height, name in enumerate(reversed(shown)):
     _draw_row(axes, height, result["candidates"][name], workloads)
+  for kind, offset in _OFFSETS.items():
+    axes.annotate(
+      kind, (1, len(shown) - 1 + offset), xytext=(-4, 0), ha="right",
+      va="center", xycoords=("axes fraction", "data"), fontsize=8,
+      textcoords="offset points", color=_MUTED,
+    )  # fmt: skip
   axes.axvline(1.0, color=_INK, linewidth=0.9, zorder=0)
   axes.set_xscale("log")
   axes.set_xlim(0.28, 3.1)
@@ -61,8 +68,8 @@ def _draw_ratios(axes, result: Mapping[str, Any]) -> None:
     fontsize=10, weight="bold",
   )  # fmt: skip
   axes.set_xlabel(
-    "faster  <   1 = AdamW tuned for each workload   >  slower\n"
-    "upper dots: middle target, lower: tight; bar: geometric mean"
+    "faster  <   1 = AdamW, tuned for each workload and target   >  slower\n"
+    f"bar: geometric mean; {OURS}: one setting for all; others tuned for each"
   )
   for i, name in enumerate(workloads):
     axes.plot([], [], "o", color=_hue(i), markersize=5, label=name)
@@ -80,12 +87,12 @@ def _rows(result: Mapping[str, Any]) -> list[str]:
     for name in result["candidates"]
     if name not in (scores.BASELINE, OURS, *result["ablations"])
   ]
-  others.sort(key=lambda name: -profile.get(name, 0.0))
+  others.sort(key=lambda name: (-profile.get(name, 0.0), name))
   return [name for name in (OURS, *others) if name in result["candidates"]]
 
 
 def _draw_row(axes, height: int, found, workloads: Sequence[str]) -> None:
-  for kind, offset in (("middle", 0.17), ("tight", -0.17)):
+  for kind, offset in _OFFSETS.items():
     y = height + offset
     for i, workload in enumerate(workloads):
       cell = found["cells"].get(f"{workload}/{kind}")
@@ -119,8 +126,10 @@ def _draw_rates(axes, result: Mapping[str, Any]) -> None:
     )  # fmt: skip
   axes.set_xscale("log")
   axes.set_yscale("log")
-  axes.set_ylim(0.6, 40)
-  axes.set_yticks([1, 2, 5, 10, 30], ["1", "2", "5", "10", "30"])
+  axes.set_ylim(0.12, 40)
+  ticks = (0.2, 0.5, 1, 2, 5, 10, 30)
+  axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+  axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
   axes.minorticks_off()
   axes.axhline(1.0, color=_INK, linewidth=0.9, zorder=0)
   axes.grid(visible=True)

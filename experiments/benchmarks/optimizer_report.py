@@ -88,6 +88,7 @@ def write(
     What the JSON file holds.
   """
   import optimizer_figure
+  import optimizer_times
 
   result = {
     "name": "optimizers",
@@ -95,6 +96,7 @@ def write(
     "date": datetime.date.today().isoformat(),
     **details,
     **summary,
+    "wall": optimizer_times.wall(details["times"], summary["candidates"]),
     "hardware": machine.hardware(),
     "versions": machine.versions(),
   }
@@ -121,6 +123,8 @@ def _print(result: dict[str, Any]) -> None:
   for kind in scores.SHARES:
     console.print(_ratios(result, kind))
   console.print(_rates(result))
+  for workload in result["wall"]:
+    console.print(_wall(result, workload))
   tried = [f"{name} {n}" for name, n in result["settings_tried"].items()]
   console.print("settings tried: " + ", ".join(tried), markup=False)
 
@@ -156,6 +160,21 @@ def _rates(result: dict[str, Any]) -> Table:
         f"{found[w]['decades']:.2f}" if w in found else "" for w in names
       ]
       table.add_row(name, *shown)
+  return table
+
+
+def _wall(result: dict[str, Any], workload: str) -> Table:
+  table = _table(
+    f"{workload}: time / {scores.BASELINE} "
+    f"({result['times'][workload]['verdict']})",
+    ["a step", "to middle", "to tight", "pays from x batch"],
+  )
+  for name, row in result["wall"][workload].items():
+    pays = row.get("pays_from")
+    shown = [_ratio(row["middle"]), _ratio(row["tight"])]
+    table.add_row(
+      name, _ratio(row["step"]), *shown, f"{pays:.3g}" if pays else "not seen"
+    )
   return table
 
 

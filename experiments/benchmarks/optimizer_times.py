@@ -13,6 +13,7 @@ import numpy as np
 import workloads
 from optimizer_candidates import Candidate
 from optimizer_runs import Trainer
+from optimizer_scores import SHARES
 
 _STEPS = 5  # In one turn.
 
@@ -61,19 +62,41 @@ def _rows(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
   }
 
 
-def crossover(
-  found: Mapping[str, Mapping[str, Mapping[str, float]]],
-  name: str,
-  steps_ratio: float,
-) -> float | None:
-  """The scale from which on fewer steps outweigh slower ones.
+def wall(
+  times: Mapping[str, Mapping[str, Any]], scored: Mapping[str, Any]
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """Time to the targets: slower steps by fewer of them.
 
-  Taking the ratio of steps to be that of the workload's own batch. The
-  smallest scale measured where it wins there already; None where it never
-  does.
+  Args:
+    times: workload to what `times` found, as "scales".
+    scored: candidate to its "cells", as `optimizer_summary` makes them.
+
+  Returns:
+    Workload to candidate to the ratio of times a step at the workload's own
+    batch, those to each target, and from which multiple of the batch on the
+    middle target is reached in less time, fewer steps as measured: the
+    smallest multiple where that holds already there, None where it never does.
   """
-  scales = [float(scale) for scale in found]
-  ratios = [steps_ratio * rows[name]["ratio"] for rows in found.values()]
+  found: dict[str, dict[str, dict[str, Any]]] = {}
+  for workload, measured in times.items():
+    scales = measured["scales"]
+    for name in next(iter(scales.values())):
+      per_step = {float(scale): rows[name] for scale, rows in scales.items()}
+      first = per_step[min(per_step)]["ratio"]
+      row = {"step": first}
+      for kind in SHARES:
+        cell = scored.get(name, {}).get("cells", {}).get(f"{workload}/{kind}")
+        steps = cell["ratio"] if cell else None
+        row[kind] = None if steps is None else round(first * steps, 4)
+        if kind == "middle" and steps is not None:
+          row["pays_from"] = _pays_from(per_step, steps)
+      found.setdefault(workload, {})[name] = row
+  return found
+
+
+def _pays_from(per_step: Mapping[float, Any], steps: float) -> float | None:
+  scales = sorted(per_step)
+  ratios = [steps * per_step[scale]["ratio"] for scale in scales]
   if ratios[0] <= 1:
     return scales[0]
   return harness.crossover(scales, ratios)

@@ -135,6 +135,7 @@ def test_from_tuning_to_the_figure(command, places, counted, capsys):
   assert ratio["deepseek"] < 1
   assert result["settings_tried"] == {"adamw": 2, "deepseek": 2, "peer": 2}
   assert result["times"]["parabola"]["scales"]["1"]["adamw"]["ratio"] == 1
+  assert result["wall"]["parabola"]["adamw"]["middle"] == 1
   assert result["rates"]["deepseek"]["parabola"]["rates"] == [0.1, 0.3]
   assert (folder / "optimizers.svg").read_text().count("<svg") == 1
   assert str(folder) not in (folder / "optimizers.json").read_text()
