@@ -1,0 +1,207 @@
+"""Whitening: updates that are equally long in all directions of a matrix."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
+
+import jax
+import optax
+
+from deepseek_jax.core import (
+  is_number,
+  map_with_paths,
+  match_rules,
+)
+from deepseek_jax.core.typing import PyTree, Rules
+from deepseek_jax.optim.folding import matrix_shape
+from deepseek_jax.optim.guard import zero_non_finite
+from deepseek_jax.optim.newton_schulz import (
+  Variance,
+  scale_by_orthogonalization,
+)
+from deepseek_jax.optim.soap import scale_by_eigenbasis
+
+Kind = Literal["newton_schulz", "soap"]
+KINDS = ("newton_schulz", "soap", "adam")
+
+
+def scale_by_whitening(
+  kind: Kind = "newton_schulz",
+  *,
+  variance: Variance = "row",
+  labels: Rules[str] | Callable[[PyTree], PyTree] | PyTree | None = None,
+  stacked: Rules[int] = (),
+  b1: jax.typing.ArrayLike = 0.95,
+  b2: jax.typing.ArrayLike = 0.95,
+  eps: jax.typing.ArrayLike = 1e-2,
+  update_rms: jax.typing.ArrayLike = 0.2,
+  steps: int = 5,
+  every: int = 5,
+  max_side: int = 2048,
+  mu_dtype: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Evens out the directions of the momentum of every matrix.
+
+  Adam makes the entries of an update equally large; a matrix whose rows move
+  alike still moves along few directions. With M the (Nesterov) momentum of a
+  matrix:
+
+  * `"newton_schulz"`: U·Vᵀ of M's singular value decomposition U·S·Vᵀ, by
+    matrix products alone (Muon), then divided by the root mean square of each
+    row so far (`variance`).
+  * `"soap"`: Adam in the eigenbases L and R of the average G·Gᵀ and Gᵀ·G,
+    L·adam(Lᵀ·M·R)·Rᵀ, where the work of turning the bases is done every few
+    updates. A side more than twice as long as the other keeps its own basis.
+
+  Either is scaled to the root mean square `update_rms` for every matrix, about
+  that of Adam's updates, so that Adam's learning rates and decay carry over.
+  Parameters that are no matrices, with a side of 1, get Adam times
+  `update_rms`: all parameters move by about as much, and a rate too high for
+  one kind is not far too high for another.
+
+  Which one: in our benchmark of small models "soap" needs fewer steps
+  throughout; "newton_schulz" keeps half of Adam's state and its cost does not
+  depend on decompositions, so it is the one for large matrices. Neither helps
+  where a step costs less than the whitening: see
+  `experiments/results/optimizer_cost.json` for the crossover.
+
+  Args:
+    kind: How the matrices are whitened.
+    variance: After "newton_schulz", what is divided by its root mean square so
+      far: each row, each entry ("full"), or nothing. Rows and columns are
+      those of `matrix_shape`.
+    labels: Which parameter gets which kind, or "adam": ordered (pattern, kind)
+      rules that cover every parameter, a tree of labels, or a function from
+      parameters to such a tree. By default every matrix gets `kind`.
+    stacked: Ordered (pattern, number of leading axes) rules for parameters
+      that are stacks of matrices, such as the layers of a scan; all others are
+      one matrix, folded where it is squarest.
+    b1: Decay of the momentum, in [0, 1); of Adam's too.
+    b2: Decay of the mean squares and covariances, in [0, 1); of Adam's too.
+    eps: Least root mean square that is divided by, as a fraction of the
+      typical one of the matrix; at least 0.
+    update_rms: Root mean square of the update of a matrix, and the factor of
+      Adam's; above 0.
+    steps: Polynomials of "newton_schulz", at least 1.
+    every: Updates from one turn of the bases of "soap" to the next, at least
+      1. In the first 20 updates they turn each time.
+    max_side: Longer sides keep their own basis in "soap", at least 2: memory
+      and work grow with the square and the cube.
+    mu_dtype: Type of the momentum, that of the parameters by default.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; a learning rate of Adam's size
+    follows it.
+
+  Raises:
+    ValueError: If an argument is out of its range; at `init`, if a label is
+      unknown, rules leave a parameter uncovered, or a parameter labelled for
+      whitening is no matrix.
+
+  >>> import jax.numpy as jnp
+  >>> tx = optax.chain(scale_by_whitening(), optax.scale_by_learning_rate(0.01))
+  >>> params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+  >>> grads = {"kernel": jnp.diag(jnp.array([9.0, 1.0])), "bias": jnp.ones(2)}
+  >>> updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+  >>> print(updates["kernel"].round(4) + 0.0)
+  [[-0.0028  0.    ]
+   [ 0.     -0.0028]]
+
+  References:
+    Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon;
+    Li et al., "NorMuon", 2025, https://arxiv.org/abs/2510.05491 (row variance);
+    Liu et al., "Muon is Scalable for LLM Training", 2025,
+    https://arxiv.org/abs/2502.16982 (the scale of 0.2);
+    Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024,
+    https://arxiv.org/abs/2409.11321
+  """
+  _check_arguments(kind, variance, b1, b2, eps, update_rms)
+  _check_counts(steps=(steps, 1), every=(every, 1), max_side=(max_side, 2))
+  stacked = tuple(stacked)
+  axes = lambda tree: stacked_axes(tree, stacked)
+  shared: dict[str, Any] = {"b1": b1, "b2": b2, "mu_dtype": mu_dtype}
+  ours = shared | {"eps": eps, "update_rms": update_rms}
+  kinds: dict[Hashable, optax.GradientTransformation] = {
+    "newton_schulz": scale_by_orthogonalization(
+      axes, variance=variance, steps=steps, **ours
+    ),
+    "soap": scale_by_eigenbasis(axes, every=every, max_side=max_side, **ours),
+    "adam": optax.chain(optax.scale_by_adam(**shared), optax.scale(update_rms)),
+  }
+  choose = lambda tree: _labels(tree, labels, kind, axes)
+  return optax.chain(zero_non_finite(), optax.partition(kinds, choose))
+
+
+def stacked_axes(tree: PyTree, stacked: Rules[int]) -> PyTree:
+  """Returns the number of stacked axes of every leaf."""
+  axes = match_rules(stacked, tree, default=0, allow_unused=True)
+
+  def check(path, leaf, count):
+    if not (isinstance(count, int) and 0 <= count <= leaf.ndim):
+      raise ValueError(
+        "stacked must give a number of axes that the parameter has, got "
+        f"{count!r} for {path!r} of shape {leaf.shape}."
+      )
+    return count
+
+  return map_with_paths(check, tree, axes)
+
+
+def _labels(tree: PyTree, labels: Any, kind: Kind, axes: Any) -> PyTree:
+  """Returns the kind of every leaf, checked."""
+
+  def is_matrix(leaf, count):
+    shape = matrix_shape(leaf.shape, count)
+    return min(shape.rows, shape.columns) > 1
+
+  def check(path, leaf, count, label):
+    if label not in KINDS:
+      raise ValueError(
+        f"labels must be among {KINDS}, got {label!r} for {path!r}."
+      )
+    if label != "adam" and not is_matrix(leaf, count):
+      raise ValueError(
+        f"only matrices can be whitened, got {label!r} for {path!r} of shape "
+        f"{leaf.shape}; label it 'adam'."
+      )
+    return label
+
+  counts = axes(tree)
+  if labels is None:
+    return jax.tree.map(
+      lambda leaf, count: kind if is_matrix(leaf, count) else "adam",
+      tree,
+      counts,
+    )
+  if callable(labels):
+    chosen = labels(tree)
+  elif isinstance(labels, list | tuple):
+    chosen = match_rules(labels, tree)
+  else:
+    chosen = labels
+  return map_with_paths(check, tree, counts, chosen)
+
+
+def _check_arguments(kind, variance, b1, b2, eps, update_rms) -> None:
+  if kind not in KINDS[:2]:
+    raise ValueError(f"kind must be one of {KINDS[:2]}, got {kind=}.")
+  if variance not in ("row", "full", None):
+    raise ValueError(
+      f"variance must be 'row', 'full' or None, got {variance=}."
+    )
+  for name, value in (("b1", b1), ("b2", b2)):
+    if is_number(value) and not 0 <= value < 1:
+      raise ValueError(f"{name} must be in [0, 1), got {name}={value}.")
+  if is_number(eps) and not 0 <= eps < float("inf"):
+    raise ValueError(f"eps must be finite and not negative, got {eps=}.")
+  if is_number(update_rms) and not 0 < update_rms < float("inf"):
+    raise ValueError(
+      f"update_rms must be finite and above 0, got {update_rms=}."
+    )
+
+
+def _check_counts(**counts: tuple[Any, int]) -> None:
+  for name, (value, least) in counts.items():
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+      raise ValueError(
+        f"{name} must be a whole number, at least {least}, got {name}={value}."
+      )
