@@ -37,7 +37,7 @@ def deepseek(
   every: int = 5,
   average: jax.typing.ArrayLike = 0.1,
   average_dtype: Any | None = None,
-  cap: jax.typing.ArrayLike = 0.5,
+  cap: jax.typing.ArrayLike = 0.6,
   snr_power: jax.typing.ArrayLike = 0.0,
   loss_power: jax.typing.ArrayLike = 0.0,
   layer_rules: Rules[float] | None = None,
@@ -119,7 +119,7 @@ def deepseek(
       or `labels` do not fit the parameters.
 
   >>> from deepseek_jax import optim
-  >>> tx = optim.deepseek(1e-2, warmup_steps=10)
+  >>> tx = deepseek(1e-2, warmup_steps=10)
   >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
   >>> state = tx.init(params)
   >>> updates, state = jax.jit(tx.update)(params, state, params, value=1.0)

@@ -35,7 +35,7 @@ def cap_by_polyak(
   fraction: jax.typing.ArrayLike = 0.5,
   lower: jax.typing.ArrayLike = 0.0,
   *,
-  decay: jax.typing.ArrayLike = 0.9,
+  decay: jax.typing.ArrayLike = 0.0,
   inner: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Shortens a step that promises more than the loss can give.
@@ -52,11 +52,12 @@ def cap_by_polyak(
 
   A brake for a learning rate that may be too high, not a faster optimizer.
   Measured with Adam on a small MLP (400 steps, median of 3 seeds): the best
-  validation loss went from 3.9 to 0.36 at rate 1.0, from 0.14 to 0.06 at 0.1,
-  stayed within the noise at 0.01 (the best rate, 0.03) and the same at 0.001.
-  It delays the failure of a rate far too high, it does not prevent it: at 1.0
-  all runs ended at chance, so keep the best parameters. `decay=0` limited the
-  damage better still (0.15 at 1.0).
+  validation loss went from 3.9 to 0.15 at rate 1.0, and stayed within the noise
+  at 0.01 (the best rate, 0.03). Looking back longer brakes later: with
+  `decay=0.9` it was 0.36 at rate 1.0. After whitening, with an average, it made
+  all rates from the best one to 30 times it usable on four small workloads
+  (`deepseek` has the figures); where the loss has a high floor that `lower`
+  does not know of, as with language, it hardly acts.
 
   A `lower` that is too low only weakens the brake; one that the loss falls
   below stops the training.
@@ -71,8 +72,8 @@ def cap_by_polyak(
     fraction: Share of the height above the bound that a step may promise, in
       (0, 2); 1 is Polyak's step, from 2 on even a convex loss may diverge.
     lower: Lower bound of the loss, in its unit; finite.
-    decay: Weight of the past in the average, in [0, 1); 0.9 looks back about
-      10 updates.
+    decay: Weight of the past in the average, in [0, 1); 0 takes the loss of
+      this update alone, 0.9 looks back about 10 updates.
     inner: The optimizer to wrap, learning rate included.
 
   Returns:

@@ -28,7 +28,7 @@ SETTINGS = [
 ]
 
 
-def transcription(losses, grads, updates, fraction=0.5, lower=0.0, decay=0.9):
+def transcription(losses, grads, updates, fraction=0.5, lower=0.0, decay=0.0):
   """The formula in NumPy and float64, one scale for each step."""
   scales, seen = [], []
   for loss, grad, update in zip(losses, grads, updates, strict=True):
