@@ -124,9 +124,8 @@ def deepseek(
   >>> state = tx.init(params)
   >>> updates, state = jax.jit(tx.update)(params, state, params, value=1.0)
   >>> params = optax.apply_updates(params, updates)
-  >>> print(optim.averaged_params(state, params)["kernel"].round(4))
-  [[0.9998 0.9998]
-   [0.9998 0.9998]]
+  >>> print(f"{optim.averaged_params(state, params)['kernel'][0, 0]:.4f}")
+  0.9997
 
   References:
     Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024,

@@ -148,6 +148,16 @@ def _hidden_matrices(params):
   return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
+def _orthogonalized(params):
+  from deepseek_jax import optim
+
+  def label(leaf):
+    shape = optim.matrix_shape(jnp.shape(leaf))
+    return "adam" if min(shape.rows, shape.columns) == 1 else "newton_schulz"
+
+  return jax.tree.map(label, params)
+
+
 def _plateau(rate, weight_decay):
   # Halves when of 25 steps, averaged by fives, none beat the best by 1 %.
   return optax.chain(
@@ -216,7 +226,16 @@ CANDIDATES = {
 }
 
 # Name to the keyword arguments of `optim.deepseek` that take one part away.
-ABLATIONS: dict[str, dict[str, Any]] = {}
+ABLATIONS: dict[str, dict[str, Any]] = {
+  "without whitening": {"labels": ((".*", "adam"),)},
+  "without average": {"average": 0.0},
+  "without cap": {"cap": 0.0},
+  "without decay": {"weight_decay": 0.0},
+  "newton_schulz": {"labels": _orthogonalized},
+  "with snr": {"snr_power": 0.5},
+  "with loss ratio": {"loss_power": 0.5},
+  "int8 moments": {"moment_dtype": "int8"},
+}
 CANDIDATES |= {name: ours(**options) for name, options in ABLATIONS.items()}
 
 
