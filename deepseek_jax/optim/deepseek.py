@@ -149,6 +149,7 @@ def deepseek(
     moments = scale_by_relative_snr(moments, power=snr_power, b1=b1, b2=b2)
   if moment_dtype is not None:
     moments = compact_moments(moments, moment_dtype)
+  parts: list[tuple[str, optax.GradientTransformation]]
   parts = [("whitening", moments)]
   if not _is_off(weight_decay):
     mask = matrices if mask is None else mask

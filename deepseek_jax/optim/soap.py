@@ -22,6 +22,9 @@ SETTLING = 20
 # A side this many times longer than the other keeps its own basis: to turn it
 # costs most and gained least.
 _ASPECT = 2
+# Larger entries of a gradient count as zero: sums of their squares would leave
+# the range of float32, and nothing infinite leaves an average again.
+_LARGEST = 1e15
 
 
 class Basis(NamedTuple):
@@ -36,7 +39,7 @@ class SoapState(NamedTuple):
 
   count: Count  # shape=(), dtype=int32: updates done
   mu: PyTree  # momentum; like the parameters
-  nu: PyTree  # mean squares of the turned gradient; like the parameters
+  nu: PyTree  # mean squares of the turned gradient; likewise, or float32
   rows: PyTree  # a Basis for each parameter, or None where it stays
   columns: PyTree  # likewise
 
@@ -48,7 +51,7 @@ def scale_by_eigenbasis(
   b2: jax.typing.ArrayLike,
   eps: jax.typing.ArrayLike,
   update_rms: jax.typing.ArrayLike,
-  every: int,
+  every: jax.typing.ArrayLike,
   max_side: int,
   mu_dtype: Any | None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -69,17 +72,18 @@ def scale_by_eigenbasis(
     return SoapState(
       count=jnp.zeros((), jnp.int32),
       mu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype(p)), params),
-      nu=jax.tree.map(jnp.zeros_like, params),
+      nu=jax.tree.map(_empty_squares, params),
       rows=empty("rows"),
       columns=empty("columns"),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     follow = (count <= SETTLING) | (count % every == 0)
 
     def whiten(grad, mu, nu, rows, columns):
+      grad = jnp.where(jnp.abs(grad) < _LARGEST, grad, 0)
       rows = _follow(rows, grad @ _transpose(grad), b2, follow)
       columns = _follow(columns, _transpose(grad) @ grad, b2, follow)
       turned = _turn(grad, rows, columns)
@@ -92,10 +96,12 @@ def scale_by_eigenbasis(
     def update_leaf(grad, mu, nu, rows, columns, axes):
       shape = matrix_shape(grad.shape, axes)
 
-      def act(*leaves_and_bases):
-        *leaves, rows, columns = leaves_and_bases
-        folded = (fold(leaf.astype(jnp.float32), shape) for leaf in leaves)
-        *results, rows, columns = whiten(*folded, rows, columns)
+      def act(grad, mu, nu, rows, columns):
+        leaves = grad, mu, nu
+        folded = [fold(leaf.astype(jnp.float32), shape) for leaf in leaves]
+        *results, rows, columns = whiten(
+          folded[0], folded[1], folded[2], rows, columns
+        )
         unfolded = (
           result.reshape(leaf.shape).astype(leaf.dtype)
           for result, leaf in zip(results, leaves, strict=True)
@@ -120,6 +126,11 @@ def scale_by_eigenbasis(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _empty_squares(leaf: Array) -> Array:
+  # The square of a float16 is infinite from 256 on, and 0 below 0.0002.
+  return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.bfloat16))
+
+
 def _empty_basis(shape: MatrixShape, side: str, max_side: int) -> Basis | None:
   """Returns the basis of a side at the start, or None if it is never turned."""
   size = getattr(shape, side)
@@ -136,7 +147,9 @@ def _follow(
   """Takes in a gradient, and moves the eigenvectors one power iteration on."""
   if basis is None:
     return None
-  covariance = decay * basis.covariance + (1 - decay) * square
+  covariance = jnp.asarray(
+    decay * basis.covariance + (1 - decay) * square, jnp.float32
+  )
   vectors = jax.lax.cond(
     turn,
     lambda covariance, vectors: jnp.linalg.qr(covariance @ vectors)[0],

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from deepseek_jax.core import (
@@ -35,7 +36,7 @@ def scale_by_whitening(
   eps: jax.typing.ArrayLike = 1e-2,
   update_rms: jax.typing.ArrayLike = 0.2,
   steps: int = 5,
-  every: int = 5,
+  every: jax.typing.ArrayLike = 5,
   max_side: int = 2048,
   mu_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -54,9 +55,9 @@ def scale_by_whitening(
 
   Either is scaled to the root mean square `update_rms` for every matrix, about
   that of Adam's updates, so that Adam's learning rates and decay carry over.
-  Parameters that are no matrices, with a side of 1, get Adam times
-  `update_rms`: all parameters move by about as much, and a rate too high for
-  one kind is not far too high for another.
+  Parameters that are no matrices, with a side of 1, or complex ones, get Adam
+  times `update_rms`: all parameters move by about as much, and a rate too high
+  for one kind is not far too high for another.
 
   Which one: in our benchmark of small models "soap" needs fewer steps
   throughout; "newton_schulz" keeps half of Adam's state and its cost does not
@@ -114,8 +115,8 @@ def scale_by_whitening(
     Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024,
     https://arxiv.org/abs/2409.11321
   """
-  _check_arguments(kind, variance, b1, b2, eps, update_rms)
-  _check_counts(steps=(steps, 1), every=(every, 1), max_side=(max_side, 2))
+  _check_arguments(kind, variance, b1, b2, eps, update_rms, every)
+  _check_static(steps=(steps, 1), max_side=(max_side, 2))
   stacked = tuple(stacked)
   axes = lambda tree: stacked_axes(tree, stacked)
   shared: dict[str, Any] = {"b1": b1, "b2": b2, "mu_dtype": mu_dtype}
@@ -151,7 +152,8 @@ def _labels(tree: PyTree, labels: Any, kind: Kind, axes: Any) -> PyTree:
 
   def is_matrix(leaf, count):
     shape = matrix_shape(leaf.shape, count)
-    return min(shape.rows, shape.columns) > 1
+    is_real = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return is_real and min(shape.rows, shape.columns) > 1
 
   def check(path, leaf, count, label):
     if label not in KINDS:
@@ -160,8 +162,8 @@ def _labels(tree: PyTree, labels: Any, kind: Kind, axes: Any) -> PyTree:
       )
     if label != "adam" and not is_matrix(leaf, count):
       raise ValueError(
-        f"only matrices can be whitened, got {label!r} for {path!r} of shape "
-        f"{leaf.shape}; label it 'adam'."
+        f"only real matrices can be whitened, got {label!r} for {path!r} of "
+        f"shape {leaf.shape} and {leaf.dtype}; label it 'adam'."
       )
     return label
 
@@ -181,7 +183,8 @@ def _labels(tree: PyTree, labels: Any, kind: Kind, axes: Any) -> PyTree:
   return map_with_paths(check, tree, counts, chosen)
 
 
-def _check_arguments(kind, variance, b1, b2, eps, update_rms) -> None:
+def _check_arguments(kind, variance, b1, b2, eps, update_rms, every) -> None:
+  """Checks what is known now; injected hyperparameters are arrays."""
   if kind not in KINDS[:2]:
     raise ValueError(f"kind must be one of {KINDS[:2]}, got {kind=}.")
   if variance not in ("row", "full", None):
@@ -197,11 +200,15 @@ def _check_arguments(kind, variance, b1, b2, eps, update_rms) -> None:
     raise ValueError(
       f"update_rms must be finite and above 0, got {update_rms=}."
     )
+  if is_number(every) and not (every >= 1 and every % 1 == 0):
+    raise ValueError(f"every must be a whole number, at least 1, got {every=}.")
 
 
-def _check_counts(**counts: tuple[Any, int]) -> None:
+def _check_static(**counts: tuple[Any, int]) -> None:
+  """Checks what shapes the program, and so can be no array."""
   for name, (value, least) in counts.items():
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
       raise ValueError(
-        f"{name} must be a whole number, at least {least}, got {name}={value}."
+        f"{name} must be a whole number, at least {least}, got {name}={value}. "
+        "Under optax.inject_hyperparams it belongs to static_args."
       )
