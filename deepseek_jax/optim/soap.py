@@ -82,7 +82,7 @@ def scale_by_eigenbasis(
     count = jnp.asarray(optax.safe_increment(state.count))
     follow = (count <= SETTLING) | (count % every == 0)
 
-    def whiten(grad, mu, nu, rows, columns):
+    def whiten(grad, mu, nu, rows, columns, follow):
       grad = jnp.where(jnp.abs(grad) < _LARGEST, grad, 0)
       rows = _follow(rows, grad @ _transpose(grad), b2, follow)
       columns = _follow(columns, _transpose(grad) @ grad, b2, follow)
@@ -96,11 +96,11 @@ def scale_by_eigenbasis(
     def update_leaf(grad, mu, nu, rows, columns, axes):
       shape = matrix_shape(grad.shape, axes)
 
-      def act(grad, mu, nu, rows, columns):
+      def act(grad, mu, nu, rows, columns, follow):
         leaves = grad, mu, nu
         folded = [fold(leaf.astype(jnp.float32), shape) for leaf in leaves]
         *results, rows, columns = whiten(
-          folded[0], folded[1], folded[2], rows, columns
+          folded[0], folded[1], folded[2], rows, columns, follow
         )
         unfolded = (
           result.reshape(leaf.shape).astype(leaf.dtype)
@@ -108,8 +108,8 @@ def scale_by_eigenbasis(
         )
         return *unfolded, rows, columns
 
-      arguments = (grad, mu, nu, rows, columns)
-      return without_axis_types(act, arguments, *arguments)
+      results = (grad, mu, nu, rows, columns)
+      return without_axis_types(act, results, *results, follow)
 
     updates, *rest = map_leaves(
       update_leaf,
@@ -126,7 +126,7 @@ def scale_by_eigenbasis(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _empty_squares(leaf: Array) -> Array:
+def _empty_squares(leaf: Any) -> Array:
   # The square of a float16 is infinite from 256 on, and 0 below 0.0002.
   return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.bfloat16))
 
