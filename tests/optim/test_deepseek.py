@@ -1,4 +1,6 @@
-"""The recipe as a whole."""
+"""The recipe as a whole: its parts, its options, its place in a loop."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,99 +9,245 @@ import optax
 import pytest
 
 from deepseek_jax import optim
+from deepseek_jax.optim.compact import bytes_per_parameter
 
+RANDOM = np.random.default_rng(0)
 PARAMS = {
-  "embed": {"table": jnp.linspace(-1, 1, 12).reshape(4, 3)},
+  "embed": {"table": jnp.asarray(RANDOM.normal(size=(4, 3)), jnp.float32)},
   "norm": {"scale": jnp.ones(3)},
 }
-
-
-def gradients(step):
-  random = np.random.default_rng(step)
-  return jax.tree.map(
-    lambda p: jnp.asarray(random.normal(size=p.shape), p.dtype), PARAMS
+GRADS = [
+  jax.tree.map(
+    lambda p: jnp.asarray(RANDOM.normal(size=p.shape), p.dtype), PARAMS
   )
+  for _ in range(6)
+]
+LOSSES = (2.0, 1.5, 1.2, 1.0, 0.6, 0.5)
+bare = functools.partial(optim.deepseek, 0.1, weight_decay=0, average=0, cap=0)
 
 
-def descend(tx, steps=20, losses=None):
-  """Parameters after some updates along the same gradients."""
-  update = jax.jit(tx.update)
-  params, state = PARAMS, tx.init(PARAMS)
-  for step in range(steps):
-    extra = {} if losses is None else {"value": losses[step]}
-    updates, state = update(gradients(step), state, params, **extra)
+def descend(tx, losses=None, grads=GRADS, params=PARAMS):
+  """All iterates and the last state, along gradients that are given."""
+
+  def step(carry, inputs):
+    params, state = carry
+    grads, extra = inputs
+    updates, state = tx.update(grads, state, params, **extra)
     params = optax.apply_updates(params, updates)
-  return params
+    return (params, state), params
+
+  @jax.jit
+  def run(params, inputs):
+    return jax.lax.scan(step, (params, tx.init(params)), inputs)
+
+  stack = lambda *leaves: jnp.stack(leaves)
+  extra = {} if losses is None else {"value": jnp.float32(losses)}
+  inputs = jax.tree.map(stack, *grads), extra
+  (_, state), iterates = run(params, inputs)
+  return iterates, state
 
 
-def assert_close(a, b):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+@functools.cache
+def plain():
+  """Iterates of the bare recipe."""
+  return descend(bare())[0]
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_equals_adamw_whose_decay_is_masked(weight_decay):
-  ours = optim.deepseek(1e-2, weight_decay=weight_decay)
-  theirs = optax.adamw(1e-2, weight_decay=weight_decay, mask=optim.matrices)
-  assert_close(descend(ours), descend(theirs))
+def last(iterates):
+  return jax.tree.map(lambda leaf: leaf[-1], iterates)
 
 
-def test_takes_the_arguments_of_adamw():
-  schedule = optax.cosine_decay_schedule(1e-2, 20)
-  everything = lambda params: jax.tree.map(lambda _: True, params)
-  arguments = {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "mu_dtype": jnp.bfloat16}
-  ours = optim.deepseek(
-    schedule, weight_decay=0.1, mask=everything, **arguments
+def assert_close(a, b, rtol=1e-5):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6)
+  jax.tree.map(close, a, b)
+
+
+def differs(a, b, name):
+  """Whether the leaves of one module differ by more than rounding."""
+  a, b = jax.tree.leaves(a[name]), jax.tree.leaves(b[name])
+  return any(np.abs(x - y).max() > 1e-4 for x, y in zip(a, b, strict=True))
+
+
+def test_is_the_chain_that_it_says_it_is():
+  rules = [("embed/.*", 1.0), (".*", 0.5)]
+  chain = optax.chain(
+    optim.scale_by_whitening("soap", b1=0.9, b2=0.95),
+    optax.add_decayed_weights(0.1, optim.matrices),
+    optim.scale_by_layer(rules),
+    optim.scale_by_loss_ratio(0.5),
+    optim.scale_by_rate(optim.warmup(0.1, 4)),
   )
-  theirs = optax.adamw(schedule, weight_decay=0.1, **arguments)
-  assert_close(descend(ours), descend(theirs))
+  by_hand = optim.anytime_average(optim.cap_by_polyak(0.02, inner=chain), 0.3)
+  ours = optim.deepseek(
+    0.1,
+    warmup_steps=4,
+    layer_rules=rules,
+    loss_power=0.5,
+    cap=0.02,
+    average=0.3,
+  )
+  found, state = descend(ours, LOSSES)
+  expected, expected_state = descend(by_hand, LOSSES)
+  assert_close(found, expected)
+  assert_close(
+    optim.averaged_params(state, last(found)),
+    optim.averaged_params(expected_state, last(expected)),
+  )
+  rates = optim.learning_rates(state, PARAMS)
+  assert_close(rates, optim.learning_rates(expected_state, PARAMS))
+  factors = state.inner_state
+  scale = factors.rate_scale * factors.inner_state["loss"].rate_scale
+  assert 0 < factors.rate_scale < 1  # the cap is at work
+  assert 0 < factors.inner_state["loss"].rate_scale < 1
+  np.testing.assert_allclose(rates["embed/table"], 0.1 * scale, rtol=1e-6)
+  np.testing.assert_allclose(rates["norm/scale"], 0.05 * scale, rtol=1e-6)
 
 
-def test_a_tree_of_booleans_is_a_mask():
+def test_takes_the_place_of_adamw_in_a_plain_loop():
+  for tx in (optax.adamw(1e-2, weight_decay=0.1), optim.deepseek(1e-2)):
+    params, state = PARAMS, tx.init(PARAMS)
+    update = jax.jit(tx.update)
+    for grads in GRADS[:2]:
+      updates, state = update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    assert all(jax.tree.leaves(jax.tree.map(np.any, updates)))
+
+
+def test_without_a_loss_the_cap_rests():
+  tight = bare(cap=1e-3)
+  assert_close(descend(tight)[0], plain())
+  assert differs(descend(tight, LOSSES)[0], plain(), "embed")
+
+
+def test_the_average_is_that_of_the_iterates():
+  tx = bare(average=0.5)
+  iterates, state = descend(tx)
+  assert_close(iterates, plain())
+  weights = np.zeros(len(GRADS))
+  for step in range(len(GRADS)):
+    newest = 1 / (1 + 0.5 * step)
+    weights *= 1 - newest
+    weights[step] = newest
+  mean = lambda leaf: np.tensordot(weights, np.float64(leaf), 1)
+  average = optim.averaged_params(state, last(iterates))
+  assert_close(average, jax.tree.map(mean, iterates))
+  assert differs(average, last(iterates), "embed")
+
+
+def test_weights_of_matrices_decay_and_vectors_stay():
+  no_grads = [jax.tree.map(jnp.zeros_like, PARAMS)] * 3
+  decayed = last(descend(bare(weight_decay=0.5), grads=no_grads)[0])
+  factor = (1 - 0.1 * 0.5) ** 3
+  expected = {
+    "embed": {"table": factor * PARAMS["embed"]["table"]},
+    "norm": PARAMS["norm"],
+  }
+  assert_close(decayed, expected)
   mask = {"embed": {"table": False}, "norm": {"scale": True}}
-  ours = optim.deepseek(1e-2, weight_decay=0.1, mask=mask)
-  theirs = optax.adamw(1e-2, weight_decay=0.1, mask=mask)
-  assert_close(descend(ours), descend(theirs))
+  for given in (mask, lambda _: mask):
+    tx = bare(weight_decay=0.5, mask=given)
+    decayed = last(descend(tx, grads=no_grads)[0])
+    np.testing.assert_allclose(decayed["norm"]["scale"], factor, rtol=1e-6)
+    assert_close(decayed["embed"], PARAMS["embed"])
 
 
 def test_warmup_scales_the_first_updates():
-  warm = optim.deepseek(1e-2, warmup_steps=10)
-  schedule = lambda t: 1e-2 * jnp.minimum(1.0, (t + 1) / 10)
-  assert_close(descend(warm), descend(optax.adamw(schedule, weight_decay=0.0)))
+  slow = descend(bare(warmup_steps=4), grads=GRADS[:1])[0]
+  moved = jax.tree.map(lambda new, old: new[0] - old, slow, PARAMS)
+  full = jax.tree.map(lambda new, old: new[0] - old, plain(), PARAMS)
+  assert_close(moved, jax.tree.map(lambda move: move / 4, full), rtol=1e-4)
 
 
-def test_the_loss_part_rests_without_a_loss_and_works_with_one():
-  plain, driven = optim.deepseek(1e-2), optim.deepseek(1e-2, loss_power=0.5)
-  assert_close(descend(driven), descend(plain))
-  by_hand = optax.chain(plain, optim.scale_by_loss_ratio(0.5))
-  losses = np.geomspace(3.0, 0.1, 20, dtype=np.float32)
-  after = descend(driven, losses=losses)
-  assert_close(after, descend(by_hand, losses=losses))
-  assert np.any(after["norm"]["scale"] != descend(plain)["norm"]["scale"])
+def test_labels_take_a_matrix_out_of_the_whitening():
+  adam = optax.chain(
+    optax.scale_by_adam(b1=0.9, b2=0.95), optax.scale(-0.1 * 0.2)
+  )
+  assert_close(descend(bare(labels=[(".*", "adam")]))[0], descend(adam)[0])
+  assert differs(descend(adam)[0], plain(), "embed")
 
 
-def test_the_scale_holds_while_no_loss_is_passed():
-  tx = optim.deepseek(1e-2, loss_power=1.0)
-  state = tx.init(PARAMS)
-  for value in (1.0, 0.5):
-    _, state = tx.update(gradients(0), state, PARAMS, value=value)
-  before = optim.learning_rates(state, PARAMS)
-  _, state = tx.update(gradients(1), state, PARAMS)
-  after = optim.learning_rates(state, PARAMS)
-  assert before == after
-  assert before["norm/scale"] < 1e-2
+def test_stacked_kernels_are_whitened_one_by_one():
+  params = {f"layer{i}": jnp.zeros((4, 3)) for i in range(2)}
+  grads = [
+    {"layer0": g["embed"]["table"], "layer1": 7 * g["embed"]["table"][::-1]}
+    for g in GRADS
+  ]
+  together = lambda tree: {"layers": jnp.stack(list(tree.values()))}
+  alone = together(last(descend(bare(), grads=grads, params=params)[0]))
+  stack = functools.partial(
+    descend, grads=list(map(together, grads)), params=together(params)
+  )
+  assert_close(last(stack(bare(stacked=[("layers", 1)]))[0]), alone)
+
+
+def test_snr_power_changes_the_sizes_between_leaves():
+  iterates, _ = descend(bare(snr_power=0.5))
+  assert differs(iterates, plain(), "embed")
+  assert differs(iterates, plain(), "norm")
+
+
+def test_the_bases_turn_every_few_updates():
+  grads = (4 * GRADS)[:23]
+  often, _ = descend(bare(every=1), grads=grads)
+  seldom, _ = descend(bare(every=30), grads=grads)
+  cut = lambda tree, part: jax.tree.map(lambda leaf: leaf[part], tree)
+  assert_close(cut(often, slice(20)), cut(seldom, slice(20)))
+  assert differs(cut(often, 22), cut(seldom, 22), "embed")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_moments_can_be_stored_small(dtype):
+  params = jax.eval_shape(lambda: {"kernel": jnp.zeros((64, 256))})
+  held = lambda tx: bytes_per_parameter(jax.eval_shape(tx.init, params), params)
+  saved = held(bare()) - held(bare(moment_dtype=dtype))
+  assert saved > {"bfloat16": 3.9, "int8": 5.9}[dtype]  # of the 8 of two floats
+
+
+def test_the_average_can_be_stored_small():
+  params = jax.eval_shape(lambda: PARAMS)
+  held = lambda tx: bytes_per_parameter(jax.eval_shape(tx.init, params), params)
+  wide, small = bare(average=0.1), bare(average=0.1, average_dtype=jnp.bfloat16)
+  np.testing.assert_allclose(held(wide) - held(small), 2.0)
 
 
 def test_an_injected_rate_can_be_turned_while_running():
   tx = optax.inject_hyperparams(optim.deepseek)(
-    learning_rate=1e-2, weight_decay=0.1, warmup_steps=4
+    learning_rate=1e-2, warmup_steps=4
   )
-  update = jax.jit(tx.update)
-  state = tx.init(PARAMS)
-  _, state = update(gradients(0), state, PARAMS)
+  state, update = tx.init(PARAMS), jax.jit(tx.update)
+  _, state = update(GRADS[0], state, PARAMS)
   state.hyperparams["learning_rate"] = jnp.float32(1e-3)
-  _, state = update(gradients(1), state, PARAMS)
+  _, state = update(GRADS[1], state, PARAMS)
   rates = optim.learning_rates(state, PARAMS)
-  np.testing.assert_allclose(rates["norm/scale"], 1e-3 * 2 / 4)
+  np.testing.assert_allclose(rates["norm/scale"], 1e-3 * 2 / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("shape", "kind"),
+  [
+    ((2048, 9000), "soap"),
+    ((2049, 2049), "newton_schulz"),
+    ((9000, 2049), "newton_schulz"),
+    ((4096, 32, 128), "newton_schulz"),
+    ((50_000, 1), "adam"),
+  ],
+)
+def test_matrices_with_two_long_sides_are_orthogonalized(shape, kind):
+  leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+  state = jax.eval_shape(bare().init, {"leaf": leaf})
+  _, state = state["whitening"]
+  for other, part in state.inner_states.items():
+    mu = optax.tree.get(part, "mu")
+    assert isinstance(mu["leaf"], optax.MaskedNode) == (other != kind)
+
+
+def test_stacks_are_judged_by_one_of_their_matrices():
+  leaf = jax.ShapeDtypeStruct((4096, 64, 64), jnp.float32)
+  tx = bare(stacked=[("leaf", 1)])
+  _, state = jax.eval_shape(tx.init, {"leaf": leaf})["whitening"]
+  soap = state.inner_states["soap"].inner_state
+  assert soap.rows["leaf"].vectors.shape == (4096, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +256,29 @@ def test_an_injected_rate_can_be_turned_while_running():
     ({"learning_rate": -1.0}, "learning_rate must"),
     ({"learning_rate": float("nan")}, "learning_rate must"),
     ({"weight_decay": -0.1}, "weight_decay must"),
+    ({"weight_decay": float("inf")}, "weight_decay must"),
     ({"warmup_steps": -1}, "warmup_steps must"),
     ({"warmup_steps": 1.5}, "steps must be a whole number"),
     ({"b1": 1.0}, r"b1 must be in \[0, 1\), got b1=1.0"),
     ({"b2": -0.1}, "b2 must"),
-    ({"eps": -1.0}, "eps must"),
+    ({"every": 0}, "every must be a whole number, at least 1, got every=0"),
+    ({"average": 1.5}, r"(average|fraction) must be in \[0, 1\]"),
+    ({"average_dtype": jnp.int8}, "dtype must be floating"),
+    ({"cap": 2.0}, r"(cap|fraction) must be in \(0, 2\)"),
+    ({"cap": -0.5}, "(cap|fraction) must"),
     ({"loss_power": float("inf")}, "power must be finite"),
+    ({"snr_power": float("nan")}, "power must"),
   ],
 )
 def test_arguments_out_of_range_are_named(arguments, message):
+  # The annotations refuse some of these first, where they are checked.
+  unchecked = getattr(optim.deepseek, "__wrapped__", optim.deepseek)
   with pytest.raises(ValueError, match=message):
-    optim.deepseek(**arguments)
+    unchecked(**arguments)
+
+
+def test_rules_that_do_not_fit_are_named_at_init():
+  with pytest.raises(ValueError, match="'norm/scale'"):
+    optim.deepseek(layer_rules=[("embed/.*", 1.0)]).init(PARAMS)
+  with pytest.raises(ValueError, match="'norm/scale'"):
+    optim.deepseek(labels=[("embed/.*", "soap")]).init(PARAMS)

@@ -65,7 +65,9 @@ READABLE = {
     {BIAS: 1 / 6, KERNEL: 1 / 6, STAGE: 0.2},
   ),
   "deepseek": (
-    optim.deepseek(0.4, warmup_steps=6, layer_rules=RULES, loss_power=0.5),
+    optim.deepseek(
+      0.4, warmup_steps=6, layer_rules=RULES, loss_power=0.5, cap=0.1
+    ),
     None,
   ),
   "injected": (injected(optax.adam)(learning_rate=0.1), same(0.1)),
@@ -162,15 +164,18 @@ def test_rates_are_what_the_update_did(name):
     )
 
 
-def test_the_rate_of_the_recipe_is_warm_up_times_layer_times_loss():
+def test_the_rate_of_the_recipe_is_warm_up_times_layer_times_loss_times_cap():
   tx, _ = READABLE["deepseek"]
   first = optim.learning_rates(tx.init(PARAMS), PARAMS)
   np.testing.assert_allclose(first[BIAS], 0.4 / 6, rtol=1e-6)
   state = state_after_three(tx)
   rates = optim.learning_rates(state, PARAMS)
-  scale = state["loss"].rate_scale
-  assert 0.5 < scale < 1.0
-  np.testing.assert_allclose(rates[BIAS], 0.4 * 3 / 6 * scale, rtol=1e-6)
+  capped = state.inner_state
+  loss = capped.inner_state["loss"].rate_scale
+  assert 0.5 < loss < 1.0
+  assert 0.0 < capped.rate_scale < 1.0
+  expected = 0.4 * 3 / 6 * loss * capped.rate_scale
+  np.testing.assert_allclose(rates[BIAS], expected, rtol=1e-6)
   np.testing.assert_allclose(rates[STAGE], rates[BIAS] / 4, rtol=1e-6)
 
 
