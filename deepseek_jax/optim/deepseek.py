@@ -12,14 +12,17 @@ from deepseek_jax.core.typing import PyTree, Rules
 from deepseek_jax.optim.averaging import anytime_average
 from deepseek_jax.optim.compact import compact_moments
 from deepseek_jax.optim.decay import matrices
-from deepseek_jax.optim.folding import matrix_shape
 from deepseek_jax.optim.layers import scale_by_layer
 from deepseek_jax.optim.loss import scale_by_loss_ratio
 from deepseek_jax.optim.polyak import cap_by_polyak
 from deepseek_jax.optim.rates import scale_by_rate
 from deepseek_jax.optim.schedules import warmup
 from deepseek_jax.optim.variance import scale_by_relative_snr
-from deepseek_jax.optim.whitening import scale_by_whitening, stacked_axes
+from deepseek_jax.optim.whitening import (
+  scale_by_whitening,
+  short_side,
+  stacked_axes,
+)
 
 _MAX_SIDE = 2048  # Eigenbases of longer sides cost more than they gain.
 
@@ -34,7 +37,7 @@ def deepseek(
   mask: Any | None = None,
   labels: Rules[str] | Callable[[PyTree], PyTree] | PyTree | None = None,
   stacked: Rules[int] = (),
-  every: int = 5,
+  every: jax.typing.ArrayLike = 5,
   average: jax.typing.ArrayLike = 0.1,
   average_dtype: Any | None = None,
   cap: jax.typing.ArrayLike = 0.6,
@@ -67,13 +70,15 @@ def deepseek(
   a far too high rate usable. The variance-adaptive scale (`snr_power`) and
   `loss_power` have no measured gain, hence off.
 
-  It costs more than AdamW: three to five floats of state a parameter, and time
-  that does not depend on the batch. See `experiments/results` for the tokens a
-  step from which that pays. Use `optax.adamw` below, and where the parameters
-  are so many that the state does not fit (`moment_dtype` helps).
+  It costs more than AdamW: of state, 7 floats a parameter in a square matrix
+  and 3.5 where one side is four times the other, not 2; compilation, seven
+  times as long with a hundred matrices; and time that does not depend on the
+  batch. Use `optax.adamw` where a step is short or the state does not fit.
 
-  Without the loss as `value` the parts that are driven by it rest: the cap is
-  absent, the rest works.
+  Without the loss as `value` the parts that are driven by it rest. The cap
+  takes the loss to be bounded below by 0; at a negative one it rests too. Clip
+  gradients inside: before, as in `optax.chain(optax.clip_by_global_norm(1.0),
+  deepseek())`, the cap sees the clipped gradient and brakes too little.
 
   Args:
     learning_rate: The rate after warm-up, or a schedule from updates done to
@@ -94,11 +99,13 @@ def deepseek(
       layers of a scan; as in `scale_by_whitening`.
     every: Updates from one turn of the eigenbases to the next, at least 1.
     average: Width of the average as a fraction of the run so far, in [0, 1];
-      0 turns it off.
+      0 turns it off. Parts that are off come to life as injected
+      hyperparameters, which could turn them on later: name them in
+      `static_args` of `optax.inject_hyperparams` to keep them off.
     average_dtype: Type that the average is kept in; `jnp.bfloat16` saves two
       bytes a parameter.
-    cap: `fraction` of `cap_by_polyak`, in (0, 2); 0 turns it off. The loss
-      must be one that is bounded below by 0.
+    cap: `fraction` of `cap_by_polyak`, in [0, 2); 0 turns it off, as for a
+      range test.
     snr_power: Exponent of `scale_by_relative_snr`, used with its defaults; 0
       turns it off.
     loss_power: Exponent of `scale_by_loss_ratio`, used with its defaults; 0
@@ -135,7 +142,7 @@ def deepseek(
     "Decoupled Weight Decay Regularization", 2019,
     https://arxiv.org/abs/1711.05101
   """
-  _check_arguments(weight_decay, warmup_steps)
+  _check_arguments(weight_decay, warmup_steps, average, cap)
   moments = scale_by_whitening(
     "soap",
     labels=_kinds(stacked) if labels is None else labels,
@@ -162,7 +169,7 @@ def deepseek(
   parts.append(("rate", scale_by_rate(warmup(learning_rate, warmup_steps))))
   tx = optax.named_chain(*parts)
   if not _is_off(cap):
-    tx = _resting(cap_by_polyak(cap, inner=tx))
+    tx = _capped(cap, tx)
   if not _is_off(average):
     tx = anytime_average(tx, average, dtype=average_dtype)
   return tx
@@ -172,8 +179,7 @@ def _kinds(stacked: Rules[int]) -> Callable[[PyTree], PyTree]:
   """Labels matrices by their shorter side, the one that is always turned."""
 
   def kind(leaf, count):
-    shape = matrix_shape(leaf.shape, count)
-    short = min(shape.rows, shape.columns)
+    short = short_side(leaf, count)
     if short == 1:
       return "adam"
     return "soap" if short <= _MAX_SIDE else "newton_schulz"
@@ -184,15 +190,34 @@ def _kinds(stacked: Rules[int]) -> Callable[[PyTree], PyTree]:
   return label
 
 
+def _capped(
+  fraction: jax.typing.ArrayLike, tx: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+  """Caps the updates that come with a loss; the others pass as they are."""
+  capped = cap_by_polyak(fraction, inner=tx)
+  tx = optax.with_extra_args_support(tx)
+
+  def update_fn(updates, state, params=None, *, value=None, **extra_args):
+    if value is not None:
+      return capped.update(updates, state, params, value=value, **extra_args)
+    updates, inner_state = tx.update(
+      updates, state.inner_state, params, **extra_args
+    )
+    one = jnp.ones_like(state.rate_scale)
+    return updates, state._replace(inner_state=inner_state, rate_scale=one)
+
+  return optax.GradientTransformationExtraArgs(capped.init, update_fn)
+
+
 def _resting(
   tx: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
   """Lets a loss-driven transform rest in updates that pass no loss."""
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(updates, state, params=None, *, value=None, **extra_args):
     # NaN is the loss that such a transform does not take in.
-    extra_args = {"value": jnp.nan} | extra_args
-    return tx.update(updates, state, params, **extra_args)
+    value = jnp.nan if value is None else value
+    return tx.update(updates, state, params, value=value, **extra_args)
 
   return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
@@ -202,10 +227,14 @@ def _is_off(value: Any) -> bool:
   return is_number(value) and value == 0
 
 
-def _check_arguments(weight_decay, warmup_steps) -> None:
+def _check_arguments(weight_decay, warmup_steps, average, cap) -> None:
   if is_number(weight_decay) and not 0 <= weight_decay < float("inf"):
     raise ValueError(
       f"weight_decay must be finite and not negative, got {weight_decay=}."
     )
   if is_number(warmup_steps) and warmup_steps < 0:
     raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps=}.")
+  if average is None or (is_number(average) and not 0 <= average <= 1):
+    raise ValueError(f"average must be in [0, 1], got {average=}.")
+  if cap is None or (is_number(cap) and not 0 <= cap < 2):
+    raise ValueError(f"cap must be in [0, 2), got {cap=}.")

@@ -39,6 +39,7 @@ class NewtonSchulzState(NamedTuple):
   # Mean squares of the orthogonalized momentum, float32: one a row, one an
   # entry, or None.
   variance: PyTree
+  energy: PyTree  # mean square of the gradient, float32, [stack, 1, 1] each
 
 
 def orthogonalize(
@@ -109,33 +110,40 @@ def scale_by_orthogonalization(
     dtype = lambda leaf: mu_dtype or leaf.dtype
     mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype(p)), params)
     empty = lambda p, k: _empty_variance(matrix_shape(p.shape, k), variance)
-    return NewtonSchulzState(mu, jax.tree.map(empty, params, stacked(params)))
+    none = lambda p, k: jnp.zeros((matrix_shape(p.shape, k).stack, 1, 1))
+    axes = stacked(params)
+    return NewtonSchulzState(
+      mu=mu,
+      variance=jax.tree.map(empty, params, axes),
+      energy=jax.tree.map(none, params, axes),
+    )
 
-  def update_leaf(grad, mu, spread, axes):
+  def update_leaf(grad, mu, spread, energy, axes):
     shape = matrix_shape(grad.shape, axes)
 
-    def act(grad, mu, spread):
+    def act(grad, mu, spread, energy):
       grad32 = grad.astype(jnp.float32)
+      energy = b2 * energy + (1 - b2) * mean_square(fold(grad32, shape))
       mu = b1 * mu.astype(jnp.float32) + (1 - b1) * grad32
       ahead = b1 * mu + (1 - b1) * grad32
+      share = share_of_life(fold(ahead, shape), energy, b1)
       square = orthogonalize(fold(ahead, shape), steps=steps)
       square, spread = _even_out(square, spread, variance, b2, eps)
-      square = with_rms(square, update_rms)
+      square = with_rms(square, update_rms) * share
       update = square.reshape(grad.shape).astype(grad.dtype)
-      return update, mu, spread
+      return update, mu, spread, energy
 
-    update, new_mu, spread = without_axis_types(
-      act, (grad, mu, spread), grad, mu, spread
-    )
-    return update, new_mu.astype(mu.dtype), spread
+    arguments = (grad, mu, spread, energy)
+    update, new_mu, *rest = without_axis_types(act, arguments, *arguments)
+    return update, new_mu.astype(mu.dtype), *rest
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
     axes = stacked(updates)
-    updates, mu, spread = map_leaves(
-      update_leaf, 3, updates, state.mu, state.variance, axes
+    updates, *rest = map_leaves(
+      update_leaf, 4, updates, state.mu, state.variance, state.energy, axes
     )
-    return updates, NewtonSchulzState(mu, spread)
+    return updates, NewtonSchulzState(*rest)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -153,8 +161,27 @@ def map_leaves(function, outputs: int, tree: PyTree, *rest: PyTree) -> tuple:
 
 def with_rms(matrices: Array, target: jax.typing.ArrayLike) -> Array:
   """Scales each matrix to a root mean square; zero stays zero."""
-  mean = jnp.mean(jnp.square(matrices), (-2, -1), keepdims=True)
-  return _divide(matrices, jnp.sqrt(mean)) * target
+  return _divide(matrices, jnp.sqrt(mean_square(matrices))) * target
+
+
+def mean_square(matrices: Array) -> Array:
+  """Returns the mean square of each matrix, [stack, 1, 1]."""
+  return jnp.mean(jnp.square(matrices), (-2, -1), keepdims=True)
+
+
+def share_of_life(
+  momentum: Array, energy: Array, b1: jax.typing.ArrayLike
+) -> Array:
+  """Returns 1 while gradients come; falls with the momentum when they stop.
+
+  An update of fixed length would go on for ever along the last gradient seen,
+  in an expert that gets no more tokens or after a layer was frozen. Momentum
+  of pure noise is √((1 - b1) / (1 + b1)) times as long as a gradient: below
+  half of that, no gradients have come for a while.
+  """
+  noise = jnp.sqrt((1 - b1) / (1 + b1) * energy)
+  length = jnp.sqrt(mean_square(momentum))
+  return jnp.minimum(1.0, _divide(2 * length, noise))
 
 
 def _divide(matrices: Array, scale: Array) -> Array:

@@ -59,8 +59,8 @@ def cap_by_polyak(
   (`deepseek` has the figures); where the loss has a high floor that `lower`
   does not know of, as with language, it hardly acts.
 
-  A `lower` that is too low only weakens the brake; one that the loss falls
-  below stops the training.
+  A `lower` that is too low only weakens the brake; one that is too high brakes
+  to a stand before it. Below it the scale is 1, as the bound is none.
 
   The gradient reaches it in one of two ways: wrap the optimizer
   (`inner=optax.adam(1e-3)`), so that the gradients come in here; or put it
@@ -70,7 +70,8 @@ def cap_by_polyak(
 
   Args:
     fraction: Share of the height above the bound that a step may promise, in
-      (0, 2); 1 is Polyak's step, from 2 on even a convex loss may diverge.
+      (0, 2); 1 is Polyak's step, from 2 on even a convex loss may diverge. As
+      an injected hyperparameter it may be 0: no cap.
     lower: Lower bound of the loss, in its unit; finite.
     decay: Weight of the past in the average, in [0, 1); 0 takes the loss of
       this update alone, 0.9 looks back about 10 updates.
@@ -114,12 +115,16 @@ def cap_by_polyak(
     )
 
   def scale_for(ema, promise, last):
-    height = jnp.maximum(ema_value(ema) - lower, 0.0)
+    height = ema_value(ema) - lower
     limit = jnp.asarray(fraction * height, jnp.float32)
     # limit / max(promise, limit) is the minimum with 1 already, and cannot
     # overflow where the promise is tiny.
     scale = safe_ratio(limit, jnp.maximum(promise, limit), default=1.0)
-    return jnp.where((ema.weight == 0) | jnp.isnan(promise), last, scale)
+    scale = jnp.where((ema.weight == 0) | jnp.isnan(promise), last, scale)
+    # A loss below its bound says that the bound is none.
+    scale = jnp.where(height < 0, 1.0, scale)
+    # An injected fraction may be 0, which is no cap rather than no step.
+    return jnp.where(jnp.asarray(fraction) > 0, scale, 1.0)
 
   def update_fn(
     updates, state, params=None, *, value=None, grad=None, **extra_args

@@ -14,7 +14,11 @@ from deepseek_jax.optim.folding import (
   matrix_shape,
   without_axis_types,
 )
-from deepseek_jax.optim.newton_schulz import map_leaves, with_rms
+from deepseek_jax.optim.newton_schulz import (
+  map_leaves,
+  share_of_life,
+  with_rms,
+)
 
 # Updates at the start in which the bases always follow the gradient: they know
 # little yet, and it turns fast.
@@ -89,9 +93,13 @@ def scale_by_eigenbasis(
       turned = _turn(grad, rows, columns)
       nu = b2 * nu + (1 - b2) * jnp.square(turned)
       mu = b1 * mu + (1 - b1) * grad
-      ahead = _turn(b1 * mu + (1 - b1) * grad, rows, columns)
-      update = _turn_back(_normalize(ahead, nu, eps), rows, columns)
-      return with_rms(update, update_rms), mu, nu, rows, columns
+      ahead = b1 * mu + (1 - b1) * grad
+      # Turning leaves lengths as they are: the mean of nu is that of squares.
+      energy = jnp.mean(nu, (-2, -1), keepdims=True)
+      share = share_of_life(ahead, energy, b1)
+      square = _normalize(_turn(ahead, rows, columns), nu, eps)
+      update = with_rms(_turn_back(square, rows, columns), update_rms)
+      return share * update, mu, nu, rows, columns
 
     def update_leaf(grad, mu, nu, rows, columns, axes):
       shape = matrix_shape(grad.shape, axes)
@@ -138,7 +146,7 @@ def _empty_basis(shape: MatrixShape, side: str, max_side: int) -> Basis | None:
   if size > max_side or size > _ASPECT * other:
     return None
   covariance = jnp.zeros((shape.stack, size, size), jnp.float32)
-  return Basis(covariance, covariance + jnp.eye(size)[None])
+  return Basis(covariance, covariance + jnp.eye(size, dtype=jnp.float32)[None])
 
 
 def _follow(

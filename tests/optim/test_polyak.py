@@ -149,7 +149,7 @@ def test_before_any_loss_and_below_the_bound():
   for loss in (math.nan, math.inf, 0.5, math.nan, 1.0, 2.0):
     _, state = tx.update(x, state, x, value=loss)
     scales.append(float(state.rate_scale))
-  np.testing.assert_allclose(scales, [1, 1, 0, 0, 0, 0.5 / 2e3], rtol=1e-5)
+  np.testing.assert_allclose(scales, [1, 1, 1, 1, 0, 0.5 / 2e3], rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
