@@ -95,33 +95,76 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-  """The recipe `optim.deepseek` under a schedule."""
+  """The recipe `optim.deepseek`, or AdamW; either's rates can be read."""
 
+  name: Literal["deepseek", "adamw"] = "deepseek"
   # Learning rate after warm-up.
-  learning_rate: float = 3e-3
+  learning_rate: float = 1e-2
   # Steps over which the rate rises linearly.
-  warmup_steps: int = 50
-  # What the rate does after warm-up: falls to 0 along a cosine, or stays.
-  schedule: Literal["cosine", "constant"] = "cosine"
+  warmup_steps: int = 0
+  # What the rate does after warm-up: stays, as the average asks for, or falls
+  # to 0 along a cosine.
+  schedule: Literal["constant", "cosine"] = "constant"
   # Decoupled decay of matrices, per unit of learning rate.
-  weight_decay: float = 0.0
+  weight_decay: float = 0.1
   # Ordered (path pattern, multiplier) pairs; empty for one rate.
   layer_rules: tuple[tuple[str, float], ...] = ()
   # Exponent of the loss-adaptive scale; 0 turns it off.
   loss_power: float = 0.0
+  # Of "deepseek" alone, its own default when None: width of the average that is
+  # evaluated and saved, as a fraction of the run so far; 0 turns it off.
+  average: float | None = None
+  # The same: share of the loss that a step may promise; 0 turns it off.
+  cap: float | None = None
+  # The same: exponent of the variance-adaptive scale; 0 turns it off.
+  snr_power: float | None = None
+  # The same: how moments are stored; as the parameters when None.
+  moment_dtype: Literal["bfloat16", "int8"] | None = None
 
   def build(self, total_steps: int) -> optax.GradientTransformation:
-    """Returns the transform for a run of so many steps."""
+    """Returns the transform for a run of so many steps.
+
+    Raises:
+      ValueError: If a field is out of its range, or AdamW does not have it.
+    """
     rate: float | optax.Schedule = self.learning_rate
     if self.schedule == "cosine":
       rate = optax.cosine_decay_schedule(self.learning_rate, total_steps)
+    own = {
+      name: value
+      for name in ("average", "cap", "snr_power", "moment_dtype")
+      if (value := getattr(self, name)) is not None
+    }
+    if self.name == "adamw":
+      if own:
+        raise ValueError(f"only 'deepseek' takes {sorted(own)}, got {own}.")
+      return self._adamw(rate)
     return optim.deepseek(
       rate,
       warmup_steps=self.warmup_steps,
       weight_decay=self.weight_decay,
       layer_rules=self.layer_rules or None,
       loss_power=self.loss_power,
+      **own,
     )
+
+  def _adamw(
+    self, rate: float | optax.Schedule
+  ) -> optax.GradientTransformationExtraArgs:
+    # `optax.adamw` takes the same steps, but its state does not hold the rate.
+    if not self.weight_decay >= 0:
+      raise ValueError(
+        f"weight_decay must not be negative, got {self.weight_decay=}."
+      )
+    parts = [optim.zero_non_finite(), optax.scale_by_adam()]
+    if self.weight_decay:
+      parts.append(optax.add_decayed_weights(self.weight_decay, optim.matrices))
+    if self.layer_rules:
+      parts.append(optim.scale_by_layer(self.layer_rules))
+    if self.loss_power:
+      parts.append(optim.scale_by_loss_ratio(self.loss_power))
+    rate = optim.warmup(rate, self.warmup_steps)
+    return optax.chain(*parts, optim.scale_by_rate(rate))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,10 @@
 import dataclasses
 import json
 
+import chex
+import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 
@@ -57,23 +60,111 @@ def test_every_field_of_the_classifier_reaches_the_model():
     assert structure(changed) != want, field.name
 
 
+@pytest.mark.parametrize("name", ["deepseek", "adamw"])
 @pytest.mark.parametrize(
   ("schedule", "last"), [("cosine", 0.0), ("constant", 1e-2)]
 )
-def test_the_optimizer_follows_its_schedule(schedule, last):
+def test_the_optimizer_follows_its_schedule(name, schedule, last):
   optimizer = dj.train.Optimizer(
-    learning_rate=1e-2, warmup_steps=4, schedule=schedule
+    name=name, learning_rate=1e-2, warmup_steps=4, schedule=schedule
   )
   tx = optimizer.build(total_steps=20)
   params = {"w": jnp.ones((2, 2))}
   state = tx.init(params)
+  update = jax.jit(tx.update)
   rates = []
   for _ in range(21):
-    _, state = tx.update(params, state, params)
+    _, state = update(params, state, params)
     rates.append(float(dj.optim.learning_rates(state, params)["w"]))
   assert rates[:4] == sorted(rates[:4])
   assert max(rates) <= 1e-2 * (1 + 1e-6)
   assert abs(rates[-1] - last) < 1e-6
+
+
+def updates_of(tx, params):
+  """Updates of a clear and a noisy gradient, and what is then evaluated."""
+  state = tx.init(params)
+  for sign in (1.0, -0.3, 0.5):
+    grads = params | {"kernel": sign * params["kernel"]}
+    updates, state = tx.update(grads, state, params, value=jnp.float32(sign))
+    params = optax.apply_updates(params, updates)
+  return updates, dj.optim.averaged_params(state, params)
+
+
+@pytest.fixture
+def params():
+  kernel = jnp.linspace(-1.0, 2.0, 16 * 256).reshape(16, 256)
+  return {"bias": jnp.arange(1.0, 4.0), "kernel": kernel}
+
+
+def test_the_default_is_the_recipe(params):
+  got = updates_of(dj.train.Optimizer().build(total_steps=10), params)
+  chex.assert_trees_all_equal(got, updates_of(dj.optim.deepseek(), params))
+
+
+def test_adamw_is_that_of_optax_with_the_decay_of_matrices_alone(params):
+  optimizer = dj.train.Optimizer(
+    name="adamw", learning_rate=1e-2, weight_decay=0.3
+  )
+  got = updates_of(optimizer.build(total_steps=10), params)
+  adamw = optax.adamw(1e-2, weight_decay=0.3, mask=dj.optim.matrices)
+  chex.assert_trees_all_close(got, updates_of(adamw, params), rtol=1e-5)
+
+
+OTHER = {
+  "learning_rate": 2e-3,
+  "warmup_steps": 7,
+  "schedule": "cosine",
+  "weight_decay": 0.5,
+  "layer_rules": ((".*", 0.5),),
+  "loss_power": 1.0,
+  "average": 1.0,
+  "cap": 1e-3,
+  "snr_power": 1.0,
+  "moment_dtype": "int8",
+}
+RECIPE_ONLY = ("average", "cap", "moment_dtype", "snr_power")
+
+
+def fields_of(name):
+  default = dj.train.Optimizer(name=name)
+  if name == "adamw":
+    return default, [field for field in OTHER if field not in RECIPE_ONLY]
+  return default, list(OTHER)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "adamw"])
+def test_every_field_of_the_optimizer_has_an_effect(name, params):
+  default, fields = fields_of(name)
+
+  def outcome(optimizer):
+    outputs = updates_of(optimizer.build(total_steps=3), params)
+    return [leaf.tolist() for leaf in jax.tree.leaves(outputs)]
+
+  want = outcome(default)
+  for field in fields:
+    changed = dataclasses.replace(default, **{field: OTHER[field]})
+    assert outcome(changed) != want, field
+
+
+def test_the_table_of_fields_is_complete():
+  fields = {field.name for field in dataclasses.fields(dj.train.Optimizer)}
+  assert fields == {"name", *OTHER}
+
+
+@pytest.mark.parametrize("field", RECIPE_ONLY)
+def test_adamw_refuses_what_only_the_recipe_has(field):
+  optimizer = dj.train.Optimizer(name="adamw", **{field: OTHER[field]})
+  with pytest.raises(ValueError, match=f"only 'deepseek' takes.*{field}"):
+    optimizer.build(total_steps=10)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "adamw"])
+@pytest.mark.parametrize("field", ["learning_rate", "weight_decay"])
+def test_a_negative_number_is_refused(name, field):
+  optimizer = dj.train.Optimizer(name=name, **{field: -0.1})
+  with pytest.raises(ValueError, match=f"{field} must"):
+    optimizer.build(total_steps=10)
 
 
 def test_a_model_of_your_own_needs_only_build():
