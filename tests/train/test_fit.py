@@ -40,6 +40,12 @@ def assert_same(first, second):
   assert [*map(timeless, first.history)] == [*map(timeless, second.history)]
 
 
+def adam():
+  """Compiles in a moment; the recipe has tests of its own."""
+  rate = dj.optim.warmup(2e-2, steps=3)
+  return optax.chain(optax.scale_by_adam(), dj.optim.scale_by_rate(rate))
+
+
 def stop_at(step, name=signal.SIGTERM):
   """A transform that sends this process a signal as its `step`-th update."""
 
@@ -92,7 +98,7 @@ def test_calling_again_after_the_end_returns_the_same_result(run, tmp_path):
 @pytest.mark.parametrize("step", [0, 7, 13])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_signalled_run_goes_on_to_the_same_bits(run, step, prefetch):
-  tx = dj.optim.deepseek(2e-2, warmup_steps=3)
+  tx = dj.optim.deepseek() if (step, prefetch) == (7, 2) else adam()
   whole = run("whole", tx=optax.chain(tx, stop_at(-1)))
   stopping = {"tx": optax.chain(tx, stop_at(step)), "prefetch": prefetch}
   cut = run("cut", **stopping)
@@ -265,7 +271,7 @@ def test_a_checkpoint_of_another_optimizer_is_told_by_path(run, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
   run, tmp_path, victim
 ):
-  tx = optax.chain(dj.optim.deepseek(2e-2), stop_at(12))
+  tx = optax.chain(adam(), stop_at(12))
   cut = run(tx=tx)
   steps = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
   damaged = tmp_path / "run" / "checkpoints" / str(steps[-1])
@@ -281,7 +287,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
   gc.collect()  # They go here, not in some other test.
   assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
   shutil.rmtree(damaged)
-  whole = run("whole", tx=optax.chain(dj.optim.deepseek(2e-2), stop_at(-1)))
+  whole = run("whole", tx=optax.chain(adam(), stop_at(-1)))
   assert not cut.complete
   assert not run(tx=tx).complete  # Back before step 12, whose signal recurs.
   assert_same(whole, run(tx=tx))
@@ -301,7 +307,7 @@ def test_a_loss_of_your_own_is_the_same_in_every_process(run):
 
 
 def test_a_torn_log_line_is_written_again(run, tmp_path):
-  tx = dj.optim.deepseek(2e-2, warmup_steps=3)
+  tx = adam()
   whole = run("whole", tx=optax.chain(tx, stop_at(-1)))
   cut = run("cut", tx=optax.chain(tx, stop_at(12)))
   with pathlib.Path(cut.workdir, "metrics.jsonl").open("a") as file:
