@@ -127,10 +127,24 @@ def scale_by_whitening(
       axes, variance=variance, steps=steps, **ours
     ),
     "soap": scale_by_eigenbasis(axes, every=every, max_side=max_side, **ours),
-    "adam": optax.chain(optax.scale_by_adam(**shared), optax.scale(update_rms)),
+    "adam": _scaled(optax.scale_by_adam(**shared), update_rms),
   }
   choose = lambda tree: _labels(tree, labels, kind, axes)
   return optax.chain(zero_non_finite(), optax.partition(kinds, choose))
+
+
+def _scaled(
+  tx: optax.GradientTransformation, factor: jax.typing.ArrayLike
+) -> optax.GradientTransformation:
+  """Multiplies what comes out, in the types of what comes in."""
+
+  def update_fn(updates, state, params=None):
+    scaled, state = tx.update(updates, state, params)
+    # Adam's own come in that of its moment.
+    keep = lambda new, old: (factor * new).astype(old.dtype)
+    return jax.tree.map(keep, scaled, updates), state
+
+  return optax.GradientTransformation(tx.init, update_fn)
 
 
 def stacked_axes(tree: PyTree, stacked: Rules[int]) -> PyTree:
