@@ -49,7 +49,8 @@ def test_the_trained_part_moves_as_if_it_were_alone(name):
     updates, state = step(GRADS, state, params, value=value)
     expected, alone = inner.update(GRADS["head"], alone, head, value=value)
     jax.tree.map(
-      functools.partial(np.testing.assert_allclose, rtol=1e-6),
+      # One is compiled and the other not; the recipe decomposes matrices.
+      functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=2e-6),
       updates["head"],
       expected,
     )
