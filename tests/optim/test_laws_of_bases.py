@@ -143,7 +143,7 @@ WRAPPED = {
   ),
 }
 WRAPPERS = {
-  "mechanize": Base(1.0, limits=ABSTRACT | ALIASES | EXPLICIT),
+  "mechanize": Base(1.0, on_rosenbrock=1, limits=ABSTRACT | ALIASES | EXPLICIT),
   "reduce_on_plateau": Base(
     0.2, on_rosenbrock=SLOW, limits=ABSTRACT | ANY_LOSS
   ),
