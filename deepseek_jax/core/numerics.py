@@ -1,6 +1,6 @@
 """Arithmetic that stays finite: averages, ratios and guards over trees."""
 
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,12 +154,3 @@ def scale_tree(tree: PyTree, factor: ArrayLike) -> PyTree:
   [0.5 0.5]
   """
   return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), tree)
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-  """Says whether a Python number was given, that can be checked now.
-
-  `optax.inject_hyperparams` hands arrays, perhaps traced, to a factory: their
-  range cannot be checked while tracing.
-  """
-  return isinstance(value, int | float) and not isinstance(value, bool)

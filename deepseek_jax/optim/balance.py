@@ -1,13 +1,12 @@
 """Signal and noise per tensor, and scales that balance out to 1."""
 
-import math
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from deepseek_jax.core import is_number, safe_ratio, scale_tree
+from deepseek_jax.core import require_in, safe_ratio, scale_tree
 from deepseek_jax.core.typing import PyTree, Scalar
 
 # A share of signal is an estimate: below this and above 1 - this it is noise.
@@ -117,11 +116,7 @@ def signal_share(
 
 def check_scaling(power, min_scale, max_scale, decay) -> None:
   """Checks what is known now; injected hyperparameters are arrays."""
-  if is_number(power) and not 0 <= power < math.inf:
-    raise ValueError(f"power must be finite and not negative, got {power=}.")
-  if is_number(min_scale) and not 0 < min_scale <= 1:
-    raise ValueError(f"min_scale must be in (0, 1], got {min_scale=}.")
-  if is_number(max_scale) and not 1 <= max_scale < math.inf:
-    raise ValueError(f"max_scale must be in [1, inf), got {max_scale=}.")
-  if is_number(decay) and not 0 <= decay < 1:
-    raise ValueError(f"decay must be in [0, 1), got {decay=}.")
+  require_in("[0, inf)", power=power)
+  require_in("(0, 1]", min_scale=min_scale)
+  require_in("[1, inf)", max_scale=max_scale)
+  require_in("[0, 1)", decay=decay)

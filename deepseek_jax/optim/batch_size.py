@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax.core import is_number, safe_ratio
+from deepseek_jax.core import require_in, safe_ratio
 from deepseek_jax.core.typing import Scalar
 from deepseek_jax.optim.replicas import ScaleByReplicaVarianceState
 
@@ -81,10 +81,7 @@ def suggest_batch_size(
     McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch
     Training", 2018, https://arxiv.org/abs/1812.06162
   """
-  if is_number(replica_batch_size) and replica_batch_size < 1:
-    raise ValueError(
-      f"replica_batch_size must be at least 1, got {replica_batch_size=}."
-    )
+  require_in("[1, inf)", replica_batch_size=replica_batch_size)
   return noise_scale(opt_state) * replica_batch_size
 
 

@@ -6,13 +6,18 @@ AdamW in what was measured: train with `deepseek`.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax.core import is_number, scale_tree
+from deepseek_jax.core import (
+  is_number,
+  require_in,
+  require_one_of,
+  scale_tree,
+)
 from deepseek_jax.core.typing import Count, PyTree, Scalar
 from deepseek_jax.optim.guard import zero_non_finite
 from deepseek_jax.optim.loss import as_loss
@@ -82,8 +87,7 @@ def loss_level_sgd(
   -2.5
   -5.0
   """
-  check_rate(learning_rate)
-  _check_not_negative("weight_decay", weight_decay)
+  check_rate(learning_rate=learning_rate, weight_decay=weight_decay)
   # Without decay, `update` needs no params.
   off = is_number(weight_decay) and weight_decay == 0
   decay = optax.identity() if off else optax.add_decayed_weights(weight_decay)
@@ -147,13 +151,10 @@ def variance_scaled(
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015,
     https://arxiv.org/abs/1412.6980
   """
-  check_rate(learning_rate)
-  for name, value in (("b1", b1), ("b2", b2)):
-    if is_number(value) and not 0 <= value < 1:
-      raise ValueError(f"{name} must be in [0, 1), got {name}={value}.")
-  _check_not_negative("eps", eps)
-  if mode not in _POOLS:
-    raise ValueError(f"mode must be one of {[*_POOLS]}, got {mode=}.")
+  check_rate(learning_rate=learning_rate)
+  require_in("[0, 1)", b1=b1, b2=b2)
+  require_in("[0, inf)", eps=eps)
+  require_one_of(tuple(_POOLS), mode=mode)
   return optax.named_chain(
     ("guard", zero_non_finite()),
     ("moments", _scale_by_variance(b1, b2, eps, _POOLS[mode])),
@@ -245,10 +246,3 @@ def _checked_levels(
         f"{(bound, factor)}."
       )
   return tuple(levels)
-
-
-def _check_not_negative(name: str, value: Any) -> None:
-  if is_number(value) and not 0 <= value < math.inf:
-    raise ValueError(
-      f"{name} must be finite and not negative, got {name}={value}."
-    )

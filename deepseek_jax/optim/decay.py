@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from deepseek_jax.core import is_number
+from deepseek_jax.core import require_in
 from deepseek_jax.core.typing import Count, PyTree, Scalar
+from deepseek_jax.optim.rates import check_rate
 
 
 class DecayWeightsState(NamedTuple):
@@ -73,7 +74,8 @@ def decay_weights(
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019,
     https://arxiv.org/abs/1711.05101
   """
-  _check_arguments(rate, l2, l1)
+  check_rate(rate=rate)
+  require_in("[0, inf)", l2=l2, l1=l1)
 
   def init_fn(params):
     del params
@@ -116,12 +118,3 @@ def _shrink_leaf(
     jnp.abs(target) <= amount, -weight, shrunk - amount * jnp.sign(target)
   )
   return shrunk.astype(update.dtype)
-
-
-def _check_arguments(rate, l2, l1) -> None:
-  """Checks what is known now; injected hyperparameters are arrays."""
-  for name, value in (("rate", rate), ("l2", l2), ("l1", l1)):
-    if is_number(value) and not 0 <= value < float("inf"):
-      raise ValueError(
-        f"{name} must be finite and not negative, got {name}={value}."
-      )

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax.core import is_number
+from deepseek_jax.core import (
+  is_number,
+  require_floating,
+  require_in,
+  require_one_of,
+  require_whole,
+)
 from deepseek_jax.core.typing import PyTree, Rules
 from deepseek_jax.optim.averaging import anytime_average
 from deepseek_jax.optim.compact import compact_moments
@@ -15,7 +21,7 @@ from deepseek_jax.optim.decay import matrices
 from deepseek_jax.optim.layers import scale_by_layer
 from deepseek_jax.optim.loss import scale_by_loss_ratio
 from deepseek_jax.optim.polyak import cap_by_polyak
-from deepseek_jax.optim.rates import scale_by_rate
+from deepseek_jax.optim.rates import check_rate, scale_by_rate
 from deepseek_jax.optim.schedules import warmup
 from deepseek_jax.optim.variance import scale_by_relative_snr
 from deepseek_jax.optim.whitening import (
@@ -70,10 +76,11 @@ def deepseek(
   a far too high rate usable. The variance-adaptive scale (`snr_power`) and
   `loss_power` have no measured gain, hence off.
 
-  It costs more than AdamW: of state, 7 floats a parameter in a square matrix
-  and 3.5 where one side is four times the other, not 2; compilation, seven
-  times as long with a hundred matrices; and time that does not depend on the
-  batch. Use `optax.adamw` where a step is short or the state does not fit.
+  It costs more than AdamW: of state, 7 floats a parameter in a square matrix, 8
+  where one side is twice the other and 3.5 where it is four times as long, not
+  2; compilation, seven times as long with a hundred matrices; and time that
+  does not depend on the batch. Use `optax.adamw` where a step is short or the
+  state does not fit.
 
   Without the loss as `value` the parts that are driven by it rest. The cap
   takes the loss to be bounded below by 0; at a negative one it rests too. Clip
@@ -142,7 +149,17 @@ def deepseek(
     "Decoupled Weight Decay Regularization", 2019,
     https://arxiv.org/abs/1711.05101
   """
-  _check_arguments(weight_decay, warmup_steps, average, cap)
+  check_rate(learning_rate=learning_rate, weight_decay=weight_decay)
+  require_whole(0, warmup_steps=warmup_steps)
+  require_in("[0, 1)", b1=b1, b2=b2)
+  require_whole(1, every=every)
+  require_in("[0, 1]", average=average)
+  require_floating(average_dtype=average_dtype)
+  require_in("[0, 2)", cap=cap)
+  require_in("[0, inf)", snr_power=snr_power)
+  require_in("[0, inf)", loss_power=loss_power)
+  require_one_of((None, "bfloat16", "int8"), moment_dtype=moment_dtype)
+  stacked = tuple(stacked)
   moments = scale_by_whitening(
     "soap",
     labels=_kinds(stacked) if labels is None else labels,
@@ -225,16 +242,3 @@ def _resting(
 def _is_off(value: Any) -> bool:
   # An injected hyperparameter is an array: it may become other than 0 later.
   return is_number(value) and value == 0
-
-
-def _check_arguments(weight_decay, warmup_steps, average, cap) -> None:
-  if is_number(weight_decay) and not 0 <= weight_decay < float("inf"):
-    raise ValueError(
-      f"weight_decay must be finite and not negative, got {weight_decay=}."
-    )
-  if is_number(warmup_steps) and warmup_steps < 0:
-    raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps=}.")
-  if average is None or (is_number(average) and not 0 <= average <= 1):
-    raise ValueError(f"average must be in [0, 1], got {average=}.")
-  if cap is None or (is_number(cap) and not 0 <= cap < 2):
-    raise ValueError(f"cap must be in [0, 2), got {cap=}.")

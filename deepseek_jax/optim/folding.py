@@ -12,6 +12,7 @@ import jax
 from jax.sharding import AxisType
 from jaxtyping import Array
 
+from deepseek_jax.core import require_in
 from deepseek_jax.core.typing import PyTree
 
 
@@ -40,6 +41,9 @@ def matrix_shape(shape: tuple[int, ...], stacked: int = 0) -> MatrixShape:
   Returns:
     The sizes. Without two axes to cut between, there is a single column.
 
+  Raises:
+    ValueError: If the shape has fewer axes than are stacked.
+
   >>> matrix_shape((3, 3, 16, 32))
   MatrixShape(stack=1, rows=144, columns=32)
   >>> matrix_shape((64, 4, 16))
@@ -47,6 +51,7 @@ def matrix_shape(shape: tuple[int, ...], stacked: int = 0) -> MatrixShape:
   >>> matrix_shape((12, 64, 256), stacked=1)
   MatrixShape(stack=12, rows=64, columns=256)
   """
+  require_in(f"[0, {len(shape)}]", stacked=stacked)
   axes = shape[stacked:]
   sides = [
     (math.prod(axes[:cut]), math.prod(axes[cut:]))

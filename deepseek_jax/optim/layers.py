@@ -15,6 +15,8 @@ from deepseek_jax.core import (
   mask_tree,
   match_rules,
   multiplier_tree,
+  require_in,
+  require_whole,
 )
 from deepseek_jax.core.typing import Path, PyTree, Rules
 from deepseek_jax.optim.readback import scope_of
@@ -240,10 +242,8 @@ def _check_levels(levels: list[Any], paths: list[Path], depth: Any) -> None:
 
 def _check_decay(rate, depth, level, bottom) -> None:
   """Checks what is known now; injected hyperparameters are arrays."""
-  if is_number(rate) and not 0 < rate <= 1:
-    raise ValueError(f"rate must be in (0, 1], got {rate=}.")
-  if is_number(depth) and not (depth >= 1 and depth % 1 == 0):
-    raise ValueError(f"depth must be a whole number, at least 1, got {depth=}.")
+  require_in("(0, 1]", rate=rate)
+  require_whole(1, depth=depth)
   if level is not None and tuple(bottom) != _BOTTOM:
     raise ValueError(
       "bottom must be left alone where level says it all, got "

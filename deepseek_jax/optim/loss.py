@@ -1,6 +1,5 @@
 """A learning rate that follows the loss."""
 
-import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -12,6 +11,8 @@ from deepseek_jax.core import (
   ema_value,
   init_ema,
   is_number,
+  require_in,
+  require_one_of,
   safe_ratio,
   scale_tree,
   select_tree,
@@ -148,16 +149,11 @@ def as_loss(value: jax.typing.ArrayLike | None, name: str) -> Scalar:
 
 def _check_arguments(power, decay, reference, min_scale, max_scale) -> None:
   """Checks what is known now; injected hyperparameters are arrays."""
-  if is_number(power) and not math.isfinite(power):
-    raise ValueError(f"power must be finite, got {power=}.")
-  if is_number(decay) and not 0 <= decay < 1:
-    raise ValueError(f"decay must be in [0, 1), got {decay=}.")
-  if reference not in ("initial", "best"):
-    raise ValueError(f"reference must be 'initial' or 'best', got {reference=}")
-  if is_number(min_scale) and not 0 <= min_scale <= 1:
-    raise ValueError(f"min_scale must be in [0, 1], got {min_scale=}.")
-  if is_number(max_scale) and not 1 <= max_scale < math.inf:
-    raise ValueError(f"max_scale must be in [1, inf), got {max_scale=}.")
+  require_in("(-inf, inf)", power=power)
+  require_in("[0, 1)", decay=decay)
+  require_one_of(("initial", "best"), reference=reference)
+  require_in("[0, 1]", min_scale=min_scale)
+  require_in("[1, inf)", max_scale=max_scale)
   known = is_number(power) and is_number(max_scale)
   if reference == "best" and known and power > 0 and max_scale == 1:
     raise ValueError(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from deepseek_jax.core import require_static
 from deepseek_jax.core.typing import PyTree
 from deepseek_jax.optim.folding import (
   MatrixShape,
@@ -60,7 +61,8 @@ def orthogonalize(
     Matrices of the same shape and dtype. Zero stays zero.
 
   Raises:
-    ValueError: If `steps` is below 1.
+    ValueError: If `steps` is below 1, or `matrices` have integer or complex
+      entries, or no two axes.
 
   >>> x = jnp.diag(jnp.array([3.0, 0.1]))
   >>> print(orthogonalize(x, steps=8).round(2))
@@ -73,9 +75,13 @@ def orthogonalize(
     (the polynomials); Jordan et al., "Muon", 2024,
     https://kellerjordan.github.io/posts/muon
   """
-  if steps < 1:
-    raise ValueError(f"steps must be at least 1, got {steps=}.")
+  require_static(1, steps=steps)
   dtype = matrices.dtype
+  if not jnp.issubdtype(dtype, jnp.floating) or matrices.ndim < 2:
+    raise ValueError(
+      "matrices must be floating, of two axes or more, got "
+      f"{dtype} of shape {matrices.shape}."
+    )
   x = matrices.astype(jnp.promote_types(dtype, jnp.float32))
   wide = x.shape[-2] < x.shape[-1]
   x = jnp.swapaxes(x, -1, -2) if wide else x

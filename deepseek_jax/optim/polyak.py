@@ -1,6 +1,5 @@
 """A step no longer than the loss it could take away."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from deepseek_jax.core import (
   Ema,
   ema_value,
   init_ema,
-  is_number,
+  require_in,
   safe_ratio,
   scale_tree,
   update_ema,
@@ -101,7 +100,9 @@ def cap_by_polyak(
     Schaipp, Ohana, Eickenberg, Defazio and Gower, "MoMo: Momentum Models for
     Adaptive Learning Rates", 2024, https://arxiv.org/abs/2305.07583
   """
-  _check_arguments(fraction, lower, decay)
+  require_in("(0, 2)", fraction=fraction)
+  require_in("(-inf, inf)", lower=lower)
+  require_in("[0, 1)", decay=decay)
   wrapped = optax.with_extra_args_support(
     optax.identity() if inner is None else inner
   )
@@ -180,13 +181,3 @@ def _inner_product(update: Array, grad: Array) -> Scalar:
 
 def _is_masked(node: Any) -> bool:
   return isinstance(node, optax.MaskedNode)
-
-
-def _check_arguments(fraction, lower, decay) -> None:
-  """Checks what is known now; injected hyperparameters are arrays."""
-  if is_number(fraction) and not 0 < fraction < 2:
-    raise ValueError(f"fraction must be in (0, 2), got {fraction=}.")
-  if is_number(lower) and not math.isfinite(lower):
-    raise ValueError(f"lower must be finite, got {lower=}.")
-  if is_number(decay) and not 0 <= decay < 1:
-    raise ValueError(f"decay must be in [0, 1), got {decay=}.")

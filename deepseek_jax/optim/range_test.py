@@ -12,7 +12,13 @@ import numpy as np
 import optax
 from jaxtyping import Float64
 
-from deepseek_jax.core import ema_value, init_ema, update_ema
+from deepseek_jax.core import (
+  ema_value,
+  init_ema,
+  require_in,
+  require_static,
+  update_ema,
+)
 from deepseek_jax.core.typing import Params
 
 _ROWS = 10
@@ -81,11 +87,12 @@ def learning_rate_range_test(
 
   Warm-up or another schedule inside `make_tx` distorts the test. So does a loss
   that reaches its minimum exactly, as without noise in the batches it may: the
-  gradient is 0 there, and no rate diverges any more.
+  gradient is 0 there, and no rate diverges any more. Nor does any under the cap
+  of `deepseek`: test `lambda rate: deepseek(rate, cap=0)`.
 
   Args:
     make_tx: Builds the optimizer from a learning-rate schedule, as
-      `optim.deepseek` and `optax.adamw` do.
+      `optax.adamw` does.
     loss: Takes parameters and a batch, returns a scalar; best one that is
       positive. It becomes the `value` of the optimizer as well.
     params: Where to start. They are copied and stay as they are.
@@ -115,7 +122,11 @@ def learning_rate_range_test(
     Smith, "Cyclical Learning Rates for Training Neural Networks", 2017,
     https://arxiv.org/abs/1506.01186
   """
-  _check_arguments(low, high, steps, decay, divergence)
+  require_in("(0, inf)", low=low)
+  require_in(f"({low}, inf)", high=high)
+  require_static(10, steps=steps)
+  require_in("[0, 1)", decay=decay)
+  require_in("(1, inf]", divergence=divergence)
   schedule = optax.exponential_decay(low, steps - 1, high / low)
   step, carry = _stepper(make_tx(schedule), loss, params, decay)
   # The last step only measures what the update before it did.
@@ -209,16 +220,3 @@ def _rise(curve: np.ndarray) -> int:
   """Returns where the last unbroken rise to the end began."""
   falls = np.flatnonzero(np.diff(curve) <= 0)
   return int(falls[-1]) + 1 if falls.size else 0
-
-
-def _check_arguments(low, high, steps, decay, divergence) -> None:
-  if not 0 < low < high < math.inf:
-    raise ValueError(
-      f"low must be above 0 and below high, got {low=} and {high=}."
-    )
-  if steps < 10:
-    raise ValueError(f"steps must be at least 10, got {steps=}.")
-  if not 0 <= decay < 1:
-    raise ValueError(f"decay must be in [0, 1), got {decay=}.")
-  if not divergence > 1:
-    raise ValueError(f"divergence must be above 1, got {divergence=}.")

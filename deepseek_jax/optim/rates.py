@@ -1,12 +1,12 @@
 """The learning rate as a transform whose state can be read back."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax.core import is_number, scale_tree
+from deepseek_jax.core import require_in, scale_tree
 from deepseek_jax.core.typing import Count, PyTree, Scalar
 from deepseek_jax.optim.readback import scope_of
 
@@ -44,7 +44,7 @@ def scale_by_rate(
   >>> print(updates, state.learning_rate)
   [-0.75 -0.75] 0.75
   """
-  check_rate(learning_rate)
+  check_rate(learning_rate=learning_rate)
 
   def rate_at(count):
     rate = learning_rate(count) if callable(learning_rate) else learning_rate
@@ -65,9 +65,7 @@ def scale_by_rate(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def check_rate(learning_rate: jax.typing.ArrayLike | optax.Schedule) -> None:
-  """Raises a `ValueError` for a number that can be no learning rate."""
-  if is_number(learning_rate) and not 0 <= learning_rate < float("inf"):
-    raise ValueError(
-      f"learning_rate must be finite and not negative, got {learning_rate=}."
-    )
+def check_rate(**rates: Any) -> None:
+  """Refuses what can be neither a learning rate nor a schedule of one."""
+  numbers = {name: rate for name, rate in rates.items() if not callable(rate)}
+  require_in("[0, inf)", **numbers)

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepseek_jax.core import is_number
+from deepseek_jax.core import (
+  is_number,
+  require_in,
+  require_one_of,
+  require_static,
+  require_whole,
+)
 from deepseek_jax.optim.rates import check_rate
 
 
@@ -46,9 +52,8 @@ def warmup(
   >>> print(*(float(schedule(t)) for t in range(6)))
   0.25 0.5 0.75 1.0 1.0 1.0
   """
-  check_rate(learning_rate)
-  if is_number(steps) and not (steps >= 0 and steps % 1 == 0):
-    raise ValueError(f"steps must be a whole number, at least 0, got {steps=}.")
+  check_rate(learning_rate=learning_rate)
+  require_whole(0, steps=steps)
 
   def schedule(count):
     rate = learning_rate(count) if callable(learning_rate) else learning_rate
@@ -93,10 +98,10 @@ def warmup_step(
     Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour",
     2017, https://arxiv.org/abs/1706.02677
   """
+  require_in("[0, inf)", learning_rate=learning_rate)
+  require_static(0, warmup_steps=warmup_steps)
   _check_boundaries(boundaries, warmup_steps)
-  if not 0 < factor <= 1:
-    raise ValueError(f"factor must be in (0, 1], got {factor=}.")
-  check_rate(learning_rate)
+  require_in("(0, 1]", factor=factor)
   drops = optax.piecewise_constant_schedule(
     learning_rate, dict.fromkeys(boundaries, factor)
   )
@@ -152,13 +157,12 @@ def warmup_stable_decay(
     Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed
     Training Durations", 2024, https://arxiv.org/abs/2405.18392
   """
-  if total_steps < 1:
-    raise ValueError(f"total_steps must be at least 1, got {total_steps=}.")
-  if not 0 < decay_fraction <= 1:
-    raise ValueError(f"decay_fraction must be in (0, 1], got {decay_fraction=}")
-  if not 0 <= end <= 1:
-    raise ValueError(f"end must be in [0, 1], got {end=}.")
-  check_rate(learning_rate)
+  require_in("[0, inf)", learning_rate=learning_rate)
+  require_static(1, total_steps=total_steps)
+  require_static(0, warmup_steps=warmup_steps)
+  require_in("(0, 1]", decay_fraction=decay_fraction)
+  require_one_of(("linear", "sqrt", "cosine"), shape=shape)
+  require_in("[0, 1]", end=end)
   decay_steps = max(1, round(decay_fraction * total_steps))
   if warmup_steps + decay_steps > total_steps:
     raise ValueError(
@@ -179,9 +183,7 @@ def _falls(shape: str, steps: int) -> optax.Schedule:
     return optax.linear_schedule(1.0, 0.0, steps)
   if shape == "cosine":
     return optax.cosine_decay_schedule(1.0, steps)
-  if shape == "sqrt":
-    return lambda count: 1 - jnp.sqrt(jnp.clip(count / steps, 0, 1))
-  raise ValueError(f"shape must be 'linear', 'sqrt' or 'cosine', got {shape=}.")
+  return lambda count: 1 - jnp.sqrt(jnp.clip(count / steps, 0, 1))
 
 
 def _check_boundaries(boundaries: Sequence[int], warmup_steps: int) -> None:

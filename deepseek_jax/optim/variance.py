@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from deepseek_jax.core import is_number, leaf_paths
+from deepseek_jax.core import leaf_paths, require_floating, require_in
 from deepseek_jax.core.typing import Count, Params, Path, PyTree, Scalar
 from deepseek_jax.optim.balance import (
   Levels,
@@ -257,10 +257,9 @@ def _check_covered(inner_state: optax.OptState, params: Params) -> None:
 
 
 def _check_moments(inner, b1, b2, mu_dtype) -> None:
-  if is_number(b1) and not 0 < b1 < 1:
-    raise ValueError(f"b1 must be in (0, 1), got {b1=}.")
-  if is_number(b2) and not 0 <= b2 < 1:
-    raise ValueError(f"b2 must be in [0, 1), got {b2=}.")
+  require_in("(0, 1)", b1=b1)
+  require_in("[0, 1)", b2=b2)
+  require_floating(mu_dtype=mu_dtype)
   if inner is not None and mu_dtype is not None:
     raise ValueError(
       "mu_dtype must be None with inner (whose moments are read), got "

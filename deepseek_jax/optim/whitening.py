@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.core import (
-  is_number,
   map_with_paths,
   match_rules,
+  require_floating,
+  require_in,
+  require_one_of,
+  require_static,
+  require_whole,
 )
 from deepseek_jax.core.typing import PyTree, Rules
 from deepseek_jax.optim.folding import matrix_shape
@@ -73,7 +77,9 @@ def scale_by_whitening(
       those of `matrix_shape`.
     labels: Which parameter gets which kind, or "adam": ordered (pattern, kind)
       rules that cover every parameter, a tree of labels, or a function from
-      parameters to such a tree. By default every matrix gets `kind`.
+      parameters to such a tree. A list or a tuple is taken for rules: where
+      the parameters are one, give a function. By default every matrix gets
+      `kind`.
     stacked: Ordered (pattern, number of leading axes) rules for parameters
       that are stacks of matrices, such as the layers of a scan; all others are
       one matrix, folded where it is squarest.
@@ -85,7 +91,8 @@ def scale_by_whitening(
       Adam's; above 0.
     steps: Polynomials of "newton_schulz", at least 1.
     every: Updates from one turn of the bases of "soap" to the next, at least
-      1. In the first 20 updates they turn each time.
+      1. In the first 20 updates they turn each time. Under `jax.vmap` over
+      states it saves nothing, as both branches are computed there.
     max_side: Longer sides keep their own basis in "soap", at least 2: memory
       and work grow with the square and the cube.
     mu_dtype: Type of the momentum, that of the parameters by default.
@@ -116,8 +123,15 @@ def scale_by_whitening(
     Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024,
     https://arxiv.org/abs/2409.11321
   """
-  _check_arguments(kind, variance, b1, b2, eps, update_rms, every)
-  _check_static(steps=(steps, 1), max_side=(max_side, 2))
+  require_one_of(KINDS[:2], kind=kind)
+  require_one_of(("row", "full", None), variance=variance)
+  require_in("[0, 1)", b1=b1, b2=b2)
+  require_in("[0, inf)", eps=eps)
+  require_in("(0, inf)", update_rms=update_rms)
+  require_whole(1, every=every)
+  require_static(1, steps=steps)
+  require_static(2, max_side=max_side)
+  require_floating(mu_dtype=mu_dtype)
   stacked = tuple(stacked)
   axes = lambda tree: stacked_axes(tree, stacked)
   shared: dict[str, Any] = {"b1": b1, "b2": b2, "mu_dtype": mu_dtype}
@@ -205,34 +219,3 @@ def _labels(tree: PyTree, labels: Any, kind: Kind, axes: Any) -> PyTree:
   else:
     chosen = labels
   return map_with_paths(check, tree, counts, chosen)
-
-
-def _check_arguments(kind, variance, b1, b2, eps, update_rms, every) -> None:
-  """Checks what is known now; injected hyperparameters are arrays."""
-  if kind not in KINDS[:2]:
-    raise ValueError(f"kind must be one of {KINDS[:2]}, got {kind=}.")
-  if variance not in ("row", "full", None):
-    raise ValueError(
-      f"variance must be 'row', 'full' or None, got {variance=}."
-    )
-  for name, value in (("b1", b1), ("b2", b2)):
-    if is_number(value) and not 0 <= value < 1:
-      raise ValueError(f"{name} must be in [0, 1), got {name}={value}.")
-  if is_number(eps) and not 0 <= eps < float("inf"):
-    raise ValueError(f"eps must be finite and not negative, got {eps=}.")
-  if is_number(update_rms) and not 0 < update_rms < float("inf"):
-    raise ValueError(
-      f"update_rms must be finite and above 0, got {update_rms=}."
-    )
-  if is_number(every) and not (every >= 1 and every % 1 == 0):
-    raise ValueError(f"every must be a whole number, at least 1, got {every=}.")
-
-
-def _check_static(**counts: tuple[Any, int]) -> None:
-  """Checks what shapes the program, and so can be no array."""
-  for name, (value, least) in counts.items():
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-      raise ValueError(
-        f"{name} must be a whole number, at least {least}, got {name}={value}. "
-        "Under optax.inject_hyperparams it belongs to static_args."
-      )

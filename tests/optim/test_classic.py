@@ -189,7 +189,11 @@ def test_the_missing_loss_is_named():
   ("make", "settings", "message"),
   [
     (loss_level_sgd, {"learning_rate": -1.0}, "learning_rate must"),
-    (loss_level_sgd, {"weight_decay": -0.1}, "weight_decay must be finite"),
+    (
+      loss_level_sgd,
+      {"weight_decay": -0.1},
+      r"decay must be in \[0, inf\)",
+    ),
     (loss_level_sgd, {"levels": ()}, r"levels must .*, got levels=\(\)"),
     (loss_level_sgd, {"levels": ((1, 5), (0.1, 10))}, "rising loss"),
     (loss_level_sgd, {"levels": ((1, 5), (1, 10))}, "rising loss"),

@@ -35,6 +35,13 @@ def test_known_kernels_are_cut_where_they_should(shape, stacked, expected):
   assert matrix_shape(shape, stacked) == expected
 
 
+@pytest.mark.parametrize("stacked", [-1, 3])
+def test_stacks_of_axes_that_are_not_there_are_named(stacked):
+  message = rf"stacked must be in \[0, 2\], got stacked={stacked}"
+  with pytest.raises(ValueError, match=message):
+    matrix_shape((3, 4), stacked)
+
+
 @given(shape=SHAPES, stacked=st.integers(0, 5))
 def test_no_cut_is_squarer_and_nothing_is_lost(shape, stacked):
   stacked = min(stacked, len(shape))

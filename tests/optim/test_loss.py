@@ -105,7 +105,7 @@ def test_a_loss_per_example_is_named():
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"power": math.nan}, "power must be finite"),
+    ({"power": math.nan}, r"power must be in \(-inf, inf\)"),
     ({"decay": 1.0}, r"decay must be in \[0, 1\), got decay=1.0"),
     ({"decay": -0.1}, "decay must"),
     ({"min_scale": 1.1}, "min_scale must"),

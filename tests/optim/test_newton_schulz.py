@@ -84,8 +84,18 @@ def test_computes_in_float32_whatever_the_type():
 
 
 def test_no_steps_are_an_error():
-  with pytest.raises(ValueError, match="steps must be at least 1, got steps=0"):
+  with pytest.raises(ValueError, match="at least 1, got steps=0"):
     orthogonalize(jnp.eye(2), steps=0)
+
+
+@pytest.mark.parametrize(
+  "bad", [jnp.eye(2, dtype=int), jnp.ones(3), 1j * jnp.eye(2)]
+)
+def test_what_is_no_real_matrix_is_named(bad):
+  # The annotations refuse these first, where they are checked.
+  unchecked = getattr(orthogonalize, "__wrapped__", orthogonalize)
+  with pytest.raises(ValueError, match=f"floating, .* got {bad.dtype} of"):
+    unchecked(bad)
 
 
 def transcription(grads, variance, b1, b2, eps, update_rms, steps):

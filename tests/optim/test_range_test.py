@@ -161,12 +161,12 @@ def test_prints_a_short_table():
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"low": 1.0, "high": 1.0}, "got low=1.0 and high=1.0"),
-    ({"low": 0.0}, "low must be above 0"),
-    ({"high": float("inf")}, "low must"),
-    ({"steps": 9}, "steps must be at least 10, got steps=9"),
+    ({"low": 1.0, "high": 1.0}, r"high must be in \(1.0, inf\), got high=1.0"),
+    ({"low": 0.0}, r"low must be in \(0, inf\)"),
+    ({"high": float("inf")}, "high must"),
+    ({"steps": 9}, "steps must be an integer, at least 10, got steps=9"),
     ({"decay": 1.0}, "decay must"),
-    ({"divergence": 1.0}, "divergence must be above 1, got divergence=1.0"),
+    ({"divergence": 1.0}, r"in \(1, inf\], got divergence=1.0"),
     ({"batches": []}, "batches must last"),
     ({"batches": iter(NOISE[:12]), "steps": 12}, "batches must last"),
     ({"loss": lambda params, batch: params * jnp.nan}, "loss must be finite"),

@@ -89,7 +89,7 @@ def test_many_rates_can_be_tried_at_once(make):
   ("arguments", "message"),
   [
     ((-0.1, 0, [5]), "learning_rate must"),
-    ((0.1, -1, [5]), "steps must be a whole number"),
+    ((0.1, -1, [5]), "warmup_steps must be an integer, at least 0, got"),
     ((0.1, 0, []), "boundaries must be positive"),
     ((0.1, 0, [0, 5]), "boundaries must be positive"),
     ((0.1, 0, [5, 5]), r"increase, got boundaries=\[5, 5\]"),
@@ -109,8 +109,8 @@ def test_steps_that_do_not_fit_are_named(arguments, message):
   ("settings", "message"),
   [
     ({"learning_rate": math.inf}, "learning_rate must"),
-    ({"total_steps": 0}, "total_steps must be at least 1"),
-    ({"warmup_steps": -1}, "steps must be a whole number"),
+    ({"total_steps": 0}, "total_steps must be an integer, at least 1"),
+    ({"warmup_steps": -1}, "warmup_steps must be an integer"),
     ({"decay_fraction": 0.0}, "decay_fraction must"),
     ({"decay_fraction": 1.1}, r"in \(0, 1\], got decay_fraction=1.1"),
     ({"decay_fraction": math.nan}, "decay_fraction must"),

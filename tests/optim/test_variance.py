@@ -293,7 +293,7 @@ def test_sharded_parameters_change_nothing(kind):
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"power": -0.1}, "power must be finite and not negative, got power=-0.1"),
+    ({"power": -0.1}, r"power must be in \[0, inf\), got power=-0.1"),
     ({"min_scale": 0.0}, r"min_scale must be in \(0, 1\], got min_scale=0.0"),
     ({"max_scale": 0.9}, "max_scale must"),
     ({"decay": 1.0}, "decay must"),
