@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from deepseek_jax.core import is_number, leaf_paths, map_with_paths
+from deepseek_jax.core import (
+  leaf_paths,
+  map_with_paths,
+  require_floating,
+  require_in,
+)
 from deepseek_jax.core.typing import Count, Params, Path, PyTree, Scalar
 
 _GOLDEN = 0x9E3779B9  # 2³² over the golden ratio: its multiples spread evenly
@@ -85,10 +90,8 @@ def anytime_average(
     Defazio et al., "The Road Less Scheduled", 2024,
     https://arxiv.org/abs/2405.15682
   """
-  if is_number(fraction) and not 0 <= fraction <= 1:
-    raise ValueError(f"fraction must be in [0, 1], got {fraction=}.")
-  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f"dtype must be floating or None, got {dtype=}.")
+  require_in("[0, 1]", fraction=fraction)
+  require_floating(dtype=dtype)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
@@ -126,9 +129,13 @@ def averaged_params(opt_state: optax.OptState, params: Params) -> Params:
   `optax.MultiSteps`. A parameter that no average covers is returned as it is,
   so a training loop can ask of any optimizer.
 
+  The state holds how far the average is from the parameters of ITS step. Ask
+  with those: with the parameters before the update, or of another checkpoint,
+  the answer is wrong by the difference, and nothing can notice.
+
   Args:
     opt_state: The state of any Optax transform, on the host or traced.
-    params: The parameters that belong to it.
+    params: The parameters of the same step, after `optax.apply_updates`.
 
   Returns:
     A tree like `params`, in their dtypes; `params` itself if there is no
@@ -170,7 +177,8 @@ def averaged_params(opt_state: optax.OptState, params: Params) -> Params:
   def average(path, leaf):
     if path not in displacements:
       return leaf
-    return (leaf + displacements[path]).astype(leaf.dtype)
+    averaged = leaf + displacements[path]
+    return averaged.astype(jnp.result_type(leaf))
 
   return map_with_paths(average, params)
 
@@ -196,6 +204,7 @@ def _moves(params: Params, updates: PyTree) -> PyTree:
   """Returns by how much the updates will move the parameters as stored."""
 
   def move(leaf, update):
+    leaf = jnp.asarray(leaf)  # It may be a Python number.
     wide = jnp.promote_types(jnp.float32, jnp.result_type(leaf, update))
     after = leaf.astype(wide) + update.astype(wide)
     # Both ends, though `leaf` is exact: float16 subnormals count as zero here,

@@ -19,6 +19,7 @@ from deepseek_jax.core import (
   scale_tree,
 )
 from deepseek_jax.core.typing import Count, PyTree, Scalar
+from deepseek_jax.optim.chaining import named_chain
 from deepseek_jax.optim.guard import zero_non_finite
 from deepseek_jax.optim.loss import as_loss
 from deepseek_jax.optim.rates import check_rate, scale_by_rate
@@ -91,7 +92,7 @@ def loss_level_sgd(
   # Without decay, `update` needs no params.
   off = is_number(weight_decay) and weight_decay == 0
   decay = optax.identity() if off else optax.add_decayed_weights(weight_decay)
-  return optax.named_chain(
+  return named_chain(
     ("decay", decay),
     ("loss", _scale_by_loss_level(_checked_levels(levels))),
     ("rate", scale_by_rate(learning_rate)),
@@ -155,7 +156,7 @@ def variance_scaled(
   require_in("[0, 1)", b1=b1, b2=b2)
   require_in("[0, inf)", eps=eps)
   require_one_of(tuple(_POOLS), mode=mode)
-  return optax.named_chain(
+  return named_chain(
     ("guard", zero_non_finite()),
     ("moments", _scale_by_variance(b1, b2, eps, _POOLS[mode])),
     ("rate", scale_by_rate(learning_rate)),

@@ -16,6 +16,7 @@ from deepseek_jax.core import (
 )
 from deepseek_jax.core.typing import PyTree, Rules
 from deepseek_jax.optim.averaging import anytime_average
+from deepseek_jax.optim.chaining import named_chain
 from deepseek_jax.optim.compact import compact_moments
 from deepseek_jax.optim.decay import matrices
 from deepseek_jax.optim.layers import scale_by_layer
@@ -184,7 +185,7 @@ def deepseek(
   if not _is_off(loss_power):
     parts.append(("loss", _resting(scale_by_loss_ratio(loss_power))))
   parts.append(("rate", scale_by_rate(warmup(learning_rate, warmup_steps))))
-  tx = optax.named_chain(*parts)
+  tx = named_chain(*parts)
   if not _is_off(cap):
     tx = _capped(cap, tx)
   if not _is_off(average):

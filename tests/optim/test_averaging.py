@@ -285,7 +285,7 @@ def test_vmap_averages_each_row():
     ({"fraction": -0.1}, r"fraction must be in \[0, 1\], got fraction=-0.1"),
     ({"fraction": 1.5}, "fraction must"),
     ({"fraction": math.nan}, "fraction must"),
-    ({"dtype": jnp.int8}, "dtype must be floating"),
+    ({"dtype": jnp.int8}, "dtype must be a floating dtype or None"),
   ],
 )
 def test_arguments_out_of_range_are_named(arguments, message):

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -278,6 +279,37 @@ def test_stacks_are_judged_by_one_of_their_matrices():
   _, state = jax.eval_shape(tx.init, {"leaf": leaf})["whitening"]
   soap = state.inner_states["soap"].inner_state
   assert soap.rows["leaf"].vectors.shape == (4096, 64, 64)
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [{}, {"snr_power": 0.5, "moment_dtype": "int8", "warmup_steps": 2}],
+  ids=["default", "more_parts"],
+)
+def test_flax_saves_and_restores_the_state(arguments):
+  tx = optim.deepseek(0.1, **arguments)
+  params = {"layers": [PARAMS["embed"], PARAMS["norm"]]}
+  grads = jax.tree.map(jnp.ones_like, params)
+  _, state = tx.update(grads, tx.init(params), params, value=1.0)
+  saved = flax.serialization.to_bytes(state)
+  restored = flax.serialization.from_bytes(tx.init(params), saved)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  rates = optim.learning_rates(restored, params)
+  assert rates == optim.learning_rates(state, params)
+  assert rates["layers/1/scale"] > 0
+
+
+def test_python_numbers_can_be_parameters():
+  tx = optim.deepseek(0.5, cap=0)
+  params = {"a": 2.0}
+  state = tx.init(params)
+  step = jax.jit(tx.update)
+  for _ in range(2):
+    updates, state = step({"a": jnp.float32(1.0)}, state, params)
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(params["a"], 1.8, rtol=1e-5)
+  assert optim.averaged_params(state, {"a": 1.8})["a"] > 1.8
 
 
 @pytest.mark.parametrize(
