@@ -18,7 +18,6 @@ from deepseek_jax.core.typing import PyTree, Rules
 from deepseek_jax.optim.averaging import anytime_average
 from deepseek_jax.optim.chaining import named_chain
 from deepseek_jax.optim.compact import compact_moments
-from deepseek_jax.optim.decay import matrices
 from deepseek_jax.optim.layers import scale_by_layer
 from deepseek_jax.optim.loss import scale_by_loss_ratio
 from deepseek_jax.optim.polyak import cap_by_polyak
@@ -64,7 +63,8 @@ def deepseek(
     `scale_by_whitening`), by Newton-Schulz where the shorter side is above
     2048, and Adam for vectors; elements of the gradient that are not finite
     count as zero;
-  * decoupled weight decay, of leaves with two or more dimensions only;
+  * decoupled weight decay, of leaves with two or more dimensions only, those
+    of a stack (`stacked`) not counted;
   * `layer_rules`: learning rates by layer (off by default);
   * `loss_power`: the loss-adaptive scale (off by default);
   * the learning rate with its warm-up, which `learning_rates` reads back;
@@ -99,8 +99,8 @@ def deepseek(
     b1: Decay of the momentum, in [0, 1).
     b2: Decay of the mean squares and covariances, in [0, 1).
     mask: Which leaves decay: a tree of booleans or a function from parameters
-      to one. By default the leaves with two or more dimensions, where
-      `optax.adamw` takes them all.
+      to one. By default the leaves with two or more dimensions beside those
+      of a stack, where `optax.adamw` takes them all.
     labels: Which parameters are whitened and how, as in `scale_by_whitening`;
       by default all matrices, chosen by shape.
     stacked: Rules for parameters that are stacks of matrices, such as the
@@ -177,7 +177,7 @@ def deepseek(
   parts: list[tuple[str, optax.GradientTransformation]]
   parts = [("whitening", moments)]
   if not _is_off(weight_decay):
-    mask = matrices if mask is None else mask
+    mask = _matrices(stacked) if mask is None else mask
     decay = optax.add_decayed_weights(weight_decay, mask)
     parts.append(("decay", decay))
   if layer_rules is not None:
@@ -206,6 +206,19 @@ def _kinds(stacked: Rules[int]) -> Callable[[PyTree], PyTree]:
     return jax.tree.map(kind, params, stacked_axes(params, stacked))
 
   return label
+
+
+def _matrices(stacked: Rules[int]) -> Callable[[PyTree], PyTree]:
+  """Masks what decays; the bias of a stack of layers does not."""
+
+  def mask(params):
+    return jax.tree.map(
+      lambda leaf, count: jnp.ndim(leaf) - count >= 2,
+      params,
+      stacked_axes(params, stacked),
+    )
+
+  return mask
 
 
 def _capped(

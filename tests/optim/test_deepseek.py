@@ -312,6 +312,15 @@ def test_python_numbers_can_be_parameters():
   assert optim.averaged_params(state, {"a": 1.8})["a"] > 1.8
 
 
+def test_stacked_biases_do_not_decay():
+  params = {"layers": {"bias": jnp.ones((4, 3)), "kernel": jnp.ones((4, 3, 3))}}
+  grads = jax.tree.map(jnp.zeros_like, params)
+  tx = optim.deepseek(0.1, weight_decay=0.5, stacked=[("layers/.*", 1)])
+  updates, _ = tx.update(grads, tx.init(params), params)
+  np.testing.assert_array_equal(updates["layers"]["bias"], 0.0)
+  np.testing.assert_allclose(updates["layers"]["kernel"], -0.05, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
