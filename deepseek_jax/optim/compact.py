@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from deepseek_jax.core import require_one_of, require_static
 from deepseek_jax.core.typing import Count, Params, PyTree
+from deepseek_jax.optim.averaging import AnytimeAverageState
 from deepseek_jax.optim.codes import (
   BlockInt8,
   from_int8,
@@ -48,8 +50,9 @@ def compact_moments(
   A moment is what lies in the state of `inner` as a tree like the parameters,
   of their shapes. That may be a copy of the parameters too, which would lose
   digits here: so wrap the part that holds moments,
-  `optax.chain(compact_moments(optax.scale_by_adam()), ...)`, and leave
-  averages of parameters and schedule-free methods outside.
+  `optax.chain(compact_moments(optax.scale_by_adam()), ...)`, or let
+  `deepseek(moment_dtype="int8")` do it. Averages of parameters and
+  schedule-free methods inside are refused.
 
   Rounding is stochastic and keeps the mean. An average of decay 0.999 moves
   by 0.1 % of the gap a step; neighbouring numbers lie 0.4 % (bfloat16) or
@@ -78,7 +81,8 @@ def compact_moments(
     `inner` sees the gradient first. `expand_moments` gives the moments back.
 
   Raises:
-    ValueError: If an argument is out of its range.
+    ValueError: If an argument is out of its range; at `init`, if `inner` holds
+      an average of the parameters.
 
   >>> tx = compact_moments(optax.scale_by_adam())
   >>> params = {"kernel": jnp.ones((64, 256))}
@@ -91,7 +95,9 @@ def compact_moments(
     Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022,
     https://arxiv.org/abs/2110.02861
   """
-  _check_arguments(dtype, block, min_size)
+  require_one_of(("int8", "bfloat16"), dtype=dtype)
+  require_static(2, block=block)
+  require_static(1, min_size=min_size)
   inner = optax.with_extra_args_support(inner)
   is_packed = lambda leaf: _is_packed(leaf, dtype, min_size)
 
@@ -115,7 +121,9 @@ def compact_moments(
 
   def init_fn(params):
     count = jnp.zeros((), jnp.int32)
-    inner_state = pack_all(inner.init(params), params, count)
+    inner_state = inner.init(params)
+    _check_no_average(inner_state)
+    inner_state = pack_all(inner_state, params, count)
     return CompactMomentsState(inner_state, Rounding(count, scope_of(params)))
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -127,7 +135,7 @@ def compact_moments(
     inner_state = pack_all(inner_state, grads, count)
     # Moments in float32 would widen the updates of smaller parameters.
     updates = jax.tree.map(
-      lambda update, leaf: update.astype(leaf.dtype),
+      lambda update, leaf: update.astype(jnp.result_type(leaf)),
       updates,
       grads if params is None else params,
     )
@@ -165,6 +173,9 @@ def bytes_per_parameter(opt_state: optax.OptState, params: Params) -> float:
   Returns:
     All bytes of the state by the number of parameters.
 
+  Raises:
+    ValueError: If there are no parameters.
+
   >>> params = jnp.zeros(1000)
   >>> bytes_per_parameter(optax.adam(1e-3).init(params), params)
   8.004
@@ -174,7 +185,10 @@ def bytes_per_parameter(opt_state: optax.OptState, params: Params) -> float:
     size(leaf) * jnp.result_type(leaf).itemsize
     for leaf in jax.tree.leaves(opt_state)
   )
-  return held / sum(map(size, jax.tree.leaves(params)))
+  parameters = sum(map(size, jax.tree.leaves(params)))
+  if parameters == 0:
+    raise ValueError("params must hold a parameter, got none.")
+  return held / parameters
 
 
 def _is_packed(leaf: Array, dtype: str, min_size: int) -> bool:
@@ -214,10 +228,14 @@ def _is_block(node: Any) -> bool:
   return isinstance(node, BlockInt8)
 
 
-def _check_arguments(dtype: str, block: int, min_size: int) -> None:
-  if dtype not in ("int8", "bfloat16"):
-    raise ValueError(f"dtype must be 'int8' or 'bfloat16', got {dtype=}.")
-  if block < 2:
-    raise ValueError(f"block must be at least 2, got {block=}.")
-  if min_size < 1:
-    raise ValueError(f"min_size must be at least 1, got {min_size=}.")
+def _check_no_average(state: optax.OptState) -> None:
+  kinds = (AnytimeAverageState, optax.contrib.ScheduleFreeState)
+  is_average = lambda node: isinstance(node, kinds)
+  for node in jax.tree.leaves(state, is_leaf=is_average):
+    if is_average(node):
+      raise ValueError(
+        "inner must hold moments, not an average of the parameters, which "
+        f"would lose digits, got a {type(node).__name__} in its state. Wrap "
+        "the moments inside: deepseek(moment_dtype='int8'), or "
+        "optax.chain(compact_moments(optax.scale_by_adam()), ...)."
+      )

@@ -288,10 +288,32 @@ def test_a_bad_gradient_never_enters_the_state(dtype):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ({"block": 1}, "block must be at least 2, got block=1"),
-    ({"min_size": 0}, "min_size must be at least 1, got min_size=0"),
+    ({"block": 1}, "block must be an integer, at least 2, got block=1"),
+    ({"min_size": 0}, "min_size must be an integer, at least 1"),
   ],
 )
 def test_arguments_out_of_range_are_named(arguments, message):
   with pytest.raises(ValueError, match=message):
     compact_moments(optax.adam(0.1), **arguments)
+
+
+@pytest.mark.parametrize(
+  "inner",
+  [
+    optim.anytime_average(optax.adam(0.1)),
+    optim.deepseek(),
+    optax.chain(optax.clip(1.0), optax.contrib.schedule_free_adamw(0.1)),
+  ],
+  ids=["average", "deepseek", "schedule_free"],
+)
+def test_averages_of_parameters_are_refused(inner):
+  params = {"kernel": jnp.ones((64, 64))}
+  with pytest.raises(ValueError, match=r"inner must hold moments.* Wrap"):
+    compact_moments(inner).init(params)
+  with pytest.raises(ValueError, match="inner must hold moments"):
+    jax.eval_shape(compact_moments(inner).init, params)
+
+
+def test_no_parameters_have_no_bytes_each():
+  with pytest.raises(ValueError, match="params must hold a parameter"):
+    bytes_per_parameter(optax.adam(0.1).init({}), {})
