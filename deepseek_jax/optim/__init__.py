@@ -5,6 +5,7 @@ from deepseek_jax.optim.averaging import (
 )
 from deepseek_jax.optim.averaging import anytime_average as anytime_average
 from deepseek_jax.optim.averaging import averaged_params as averaged_params
+from deepseek_jax.optim.balance import Levels as Levels
 from deepseek_jax.optim.batch_size import noise_scale as noise_scale
 from deepseek_jax.optim.batch_size import (
   suggest_batch_size as suggest_batch_size,
@@ -15,9 +16,11 @@ from deepseek_jax.optim.classic import (
 )
 from deepseek_jax.optim.classic import loss_level_sgd as loss_level_sgd
 from deepseek_jax.optim.classic import variance_scaled as variance_scaled
+from deepseek_jax.optim.codes import BlockInt8 as BlockInt8
 from deepseek_jax.optim.compact import (
   CompactMomentsState as CompactMomentsState,
 )
+from deepseek_jax.optim.compact import Rounding as Rounding
 from deepseek_jax.optim.compact import (
   bytes_per_parameter as bytes_per_parameter,
 )
@@ -69,6 +72,7 @@ from deepseek_jax.optim.schedules import (
 from deepseek_jax.optim.schedules import warmup_step as warmup_step
 from deepseek_jax.optim.soap import Basis as Basis
 from deepseek_jax.optim.soap import SoapState as SoapState
+from deepseek_jax.optim.variance import OwnMomentsState as OwnMomentsState
 from deepseek_jax.optim.variance import (
   ScaleByRelativeSnrState as ScaleByRelativeSnrState,
 )
