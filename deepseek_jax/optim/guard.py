@@ -11,8 +11,9 @@ def zero_non_finite() -> optax.GradientTransformationExtraArgs:
 
   An element becomes 0 where it is NaN or infinite, or so large (above 1.8e19)
   that its square is: a single one would stay in Adam's second moment for ever.
-  The other elements act as ever; where all are broken, an optimizer after this
-  coasts on its momentum for a step.
+  The other elements act as ever. To momentum it is a gradient of 0: where all
+  are broken, an optimizer with momentum coasts on it for as long as they are,
+  one without stands still, and weight decay goes on.
 
   It fuses with what follows and costs next to nothing. Skipping the update as
   a whole is cleaner, but not from in here: choosing between the old and the
