@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["core", "data", "models", "nn", "optim", "train"]
+__all__ = ["core", "data", "kernels", "models", "nn", "optim", "train"]
 
 if TYPE_CHECKING:
   from deepseek_jax import core as core
   from deepseek_jax import data as data
+  from deepseek_jax import kernels as kernels
   from deepseek_jax import models as models
   from deepseek_jax import nn as nn
   from deepseek_jax import optim as optim

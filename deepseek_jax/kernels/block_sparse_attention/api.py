@@ -1,0 +1,184 @@
+"""Attention to a window and to chosen blocks: one call for all devices."""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.kernels.block_sparse_attention import xla
+from deepseek_jax.kernels.block_sparse_attention.checks import (
+  check_heads,
+  check_rows,
+  check_sizes,
+)
+from deepseek_jax.kernels.block_sparse_attention.problem import (
+  Heads,
+  Layout,
+  usable_ids,
+)
+
+Implementation = Literal["xla", "tpu", "gpu"]
+
+
+def block_sparse_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  block_ids: Int[Array, "B T K R"],
+  *,
+  block_size: int = 64,
+  window: int = 256,
+  is_causal: bool = True,
+  segment_ids: Int[Array, "B T"] | None = None,
+  span: Float[Array, "B T N"] | None = None,
+  offset: Float[Array, "B T N"] | None = None,
+  ramp: int | float = 32.0,
+  scale: float | None = None,
+  implementation: Implementation | None = None,
+) -> Float[Array, "B T N H"]:
+  """Attention of every token to a window and to blocks that it names.
+
+  One softmax, exact over the union of both sets of keys: y = softmax(q kᵀ ·
+  scale) v, for each of N query heads; N / K of them share keys and choices.
+
+  * The window holds `window // block_size` blocks: the own one and those before
+    it, and as many after it if not causal. So a causal token sees between
+    `window - block_size + 1` and `window` keys. With `span` it fades: outside
+    of the own block, a key at distance d (query minus key, in tokens) counts
+    with weight clip(1 + (span - |d - offset|) / ramp, 0, 1).
+  * Of the named blocks a token sees all keys. Blocks of its window, of its
+    future if causal, named twice or outside of the sequence add nothing.
+
+  The cost is that of `window` + R·`block_size` keys a token, whatever T.
+  `nn.dynamic_attention` chooses the blocks by hashing. Below about a thousand
+  tokens full attention, `jax.nn.dot_product_attention`, is as fast.
+
+  Args:
+    q: queries of N heads.
+    k: keys of K heads; K divides N.
+    v: values of K heads.
+    block_ids: R block numbers for every token and key-value head, in any
+      order; a number outside of the sequence, such as -1, stands for none.
+    block_size: keys in a block, at least 1; 64 or 128 suit all devices.
+    window: a multiple of `block_size`.
+    is_causal: whether tokens see no later ones.
+    segment_ids: tokens see each other only if they have the same number; a
+      negative one marks padding, which sees nothing and is not seen.
+    span: half width of the window in tokens, per token and head; at least 0.
+    offset: distance from the query to the middle of the window; 0 if None.
+    ramp: tokens over which the window fades, above 0.
+    scale: of the logits; 1 / √H if None.
+    implementation: "xla" (everywhere), "tpu" (Pallas) or "gpu" (Mosaic GPU,
+      Hopper); None takes the fastest that can run here, see `why_not`.
+
+  Returns:
+    Outputs in the type of q. Where a token sees no key they are 0.
+
+  Raises:
+    ValueError: shapes or types do not fit, or a number is out of its range.
+    NotImplementedError: the named implementation cannot do this here.
+
+  >>> x = jnp.ones((1, 8, 2, 4))
+  >>> ids = jnp.zeros((1, 8, 2, 1), int)
+  >>> block_sparse_attention(x, x, x, ids, block_size=2, window=4).shape
+  (1, 8, 2, 4)
+
+  References:
+    Yuan et al., "Native Sparse Attention", 2025,
+    https://arxiv.org/abs/2502.11089 (blocks chosen per token and group)
+    Sukhbaatar et al., "Adaptive Attention Span in Transformers", 2019,
+    https://arxiv.org/abs/1905.07799 (the window)
+    Dao et al., "FlashAttention", 2022, https://arxiv.org/abs/2205.14135
+  """
+  layout = make_layout(block_size, window, is_causal, ramp)
+  check_heads(q, k, v)
+  shape = (*q.shape[:2], k.shape[2], -1)
+  check_rows("block_ids", block_ids, shape, jnp.integer)
+  by_head = jnp.moveaxis(block_ids, 2, 1)
+  ids = usable_ids(by_head, layout, -(-q.shape[1] // block_size))
+  ids = jnp.moveaxis(ids, 1, 2)
+  return attend(
+    q, k, v, ids, layout, segment_ids=segment_ids, span=span, offset=offset,
+    scale=scale, implementation=implementation,
+  )  # fmt: skip
+
+
+def make_layout(
+  block_size: int, window: int, is_causal: bool, ramp: int | float
+) -> Layout:
+  """Returns the layout of checked numbers."""
+  check_sizes(block_size, window)
+  if not ramp > 0:
+    raise ValueError(f"ramp must be above 0, got {ramp=}.")
+  return Layout(
+    block=block_size,
+    reach=window // block_size - 1,
+    is_causal=is_causal,
+    ramp=ramp,
+  )
+
+
+def attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  ids: Int[Array, "B T K R"],
+  layout: Layout,
+  *,
+  segment_ids: Int[Array, "B T"] | None,
+  span: Float[Array, "B T N"] | None,
+  offset: Float[Array, "B T N"] | None,
+  scale: float | None,
+  implementation: Implementation | None,
+) -> Float[Array, "B T N H"]:
+  """`block_sparse_attention` for `usable_ids`."""
+  check_heads(q, k, v)
+  rows = q.shape[:3]
+  check_rows("segment_ids", segment_ids, rows[:2], jnp.integer)
+  check_rows("span", span, rows, jnp.floating)
+  check_rows("offset", offset, rows, jnp.floating)
+  if offset is not None and span is None:
+    raise ValueError("offset needs span: it moves a window that fades.")
+  time, kv_heads = q.shape[1], k.shape[2]
+  scale = q.shape[3] ** -0.5 if scale is None else scale
+  blocks = xla.padded_blocks(-(-time // layout.block))
+  more = blocks * layout.block - time
+  if more and segment_ids is None and not layout.is_causal:
+    segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+  pad = lambda x, fill=0: _pad_time(x, more, fill)
+  heads = Heads(
+    q=_by_kv_head(pad(q * scale), kv_heads),
+    k=_by_head(pad(k)),
+    v=_by_head(pad(v)),
+    span=_by_kv_head(pad(span), kv_heads),
+    offset=_by_kv_head(pad(offset), kv_heads),
+    segments=_repeated(pad(segment_ids, -1), kv_heads),
+  )
+  run = xla.attend
+  out, _ = run(layout, xla.tuning(layout, heads), heads, _by_head(pad(ids, -1)))
+  out = out.reshape(q.shape[0], kv_heads, -1, *out.shape[2:])
+  return jnp.moveaxis(out, 1, 2).reshape(q.shape[0], -1, *q.shape[2:])[:, :time]
+
+
+def _pad_time(x: Array | None, more: int, fill: int) -> Any:
+  if x is None:
+    return None
+  widths = ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2)
+  return jnp.pad(x, widths, constant_values=fill)
+
+
+def _by_head(x: Array) -> Array:
+  """[B, T, K, ...] to [B·K, T, ...]."""
+  batch, time, heads = x.shape[:3]
+  return jnp.moveaxis(x, 2, 1).reshape(batch * heads, time, *x.shape[3:])
+
+
+def _by_kv_head(x: Array | None, kv_heads: int) -> Any:
+  """[B, T, N, ...] to [B·K, T, G, ...]."""
+  if x is None:
+    return None
+  return _by_head(x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:]))
+
+
+def _repeated(segments: Array | None, kv_heads: int) -> Any:
+  return None if segments is None else jnp.repeat(segments, kv_heads, axis=0)

@@ -1,0 +1,76 @@
+"""A problem in the form that all implementations share: heads, blocks, ids."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """How the keys of a head are cut.
+
+  Attributes:
+    block: J, keys in a block.
+    reach: blocks that a window holds on a side of the own one.
+    is_causal: whether none lies in the future.
+    ramp: tokens over which a window fades.
+  """
+
+  block: int
+  reach: int
+  is_causal: bool
+  ramp: float
+
+  @property
+  def ahead(self) -> int:
+    """Blocks of a window that lie in the future."""
+    return 0 if self.is_causal else self.reach
+
+  @property
+  def band(self) -> int:
+    """Blocks of a window, the own one included."""
+    return self.reach + 1 + self.ahead
+
+
+class Heads(NamedTuple):
+  """P = B·K heads with keys of their own, each for G heads of queries.
+
+  T is a multiple of the block. `q` is scaled already. Tokens see each other if
+  their segments are equal and not negative.
+  """
+
+  q: Float[Array, "*P T G H"]
+  k: Float[Array, "*P T H"]
+  v: Float[Array, "*P T H"]
+  span: Float[Array, "*P T G"] | None
+  offset: Float[Array, "*P T G"] | None
+  segments: Int[Array, "*P T"] | None
+
+
+def usable_ids(
+  block_ids: Int[Array, "*batch T R"], layout: Layout, num_blocks: int
+) -> Int[Array, "*batch T R"]:
+  """Returns the ids with -1 for what adds no key.
+
+  That is a block that does not exist, that the window of the token holds, that
+  lies in its future if causal, or that it named before.
+
+  >>> layout = Layout(block=2, reach=0, is_causal=True, ramp=1.0)
+  >>> print(usable_ids(jnp.array([[0, 1], [0, 0], [0, 0], [0, 0]]), layout, 2))
+  [[-1 -1]
+   [-1 -1]
+   [ 0 -1]
+   [ 0 -1]]
+  """
+  time, choices = block_ids.shape[-2:]
+  own = (jnp.arange(time) // layout.block)[:, None]
+  behind = own - block_ids
+  near = (behind <= layout.reach) & (behind >= -layout.ahead)
+  usable = (block_ids >= 0) & (block_ids < num_blocks) & ~near
+  if layout.is_causal:
+    usable &= behind > 0
+  same = block_ids[..., :, None] == block_ids[..., None, :]
+  earlier = jnp.arange(choices)[:, None] > jnp.arange(choices)
+  return jnp.where(usable & ~(same & earlier).any(-1), block_ids, -1)

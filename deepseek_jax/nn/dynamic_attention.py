@@ -1,0 +1,201 @@
+"""Attention to a window and to the far blocks that hashing finds."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.kernels.block_sparse_attention import api as kernel
+from deepseek_jax.kernels.block_sparse_attention.checks import check_heads
+from deepseek_jax.nn import checks
+from deepseek_jax.nn.lsh import hash_projections, summarize_blocks
+from deepseek_jax.nn.selection import Candidates, select_blocks
+
+Selection = Literal["lsh", "mean", "none"]
+
+
+def dynamic_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  *,
+  block_size: int = 64,
+  window: int = 256,
+  num_remote: int = 4,
+  num_hashes: int = 4,
+  hash_bits: int = 3,
+  selection: Selection = "lsh",
+  projections: Float[Array, "rounds H bits"] | None = None,
+  is_causal: bool = True,
+  segment_ids: Int[Array, "B T"] | None = None,
+  span: Float[Array, "B T N"] | None = None,
+  offset: Float[Array, "B T N"] | None = None,
+  ramp: int | float = 32.0,
+  scale: float | None = None,
+  implementation: kernel.Implementation | None = None,
+) -> Float[Array, "B T N H"]:
+  """Attention whose cost hardly grows with T, and that still finds far tokens.
+
+  Every token sees its window and, outside of it, all keys of the `num_remote`
+  blocks that `choose_blocks` finds for it: one exact softmax over both, see
+  `kernels.block_sparse_attention`. Asking for more blocks than there are gives
+  full attention. The choice itself has no gradient; what is seen has.
+
+  Full attention is faster for short sequences
+  (`experiments/results/attention.json` says from where on this one wins) and,
+  trained from the first step on, learns far recall better: start full and
+  anneal, see `DynamicAttention`.
+
+  Args:
+    q: queries of N heads.
+    k: keys of K heads; K divides N.
+    v: values of K heads.
+    block_size: keys in a block, at least 1.
+    window: tokens, a multiple of `block_size`; see `block_sparse_attention`.
+    num_remote: blocks that a token chooses, at least 0.
+    num_hashes: rounds of hashing; 4 finds most single tokens, 8 nearly all.
+    hash_bits: signs in a hash; 3 or 4 for blocks of 64.
+    selection: "lsh" scores blocks by the keys in the bucket of the query,
+      "mean" by the mean of all their keys, "none" chooses none.
+    projections: see `hash_projections`; drawn from a fixed key if None.
+    is_causal: whether tokens see no later ones.
+    segment_ids: as in `block_sparse_attention`.
+    span: as in `block_sparse_attention`.
+    offset: as in `block_sparse_attention`.
+    ramp: as in `block_sparse_attention`.
+    scale: of the logits; 1 / √H if None.
+    implementation: as in `block_sparse_attention`.
+
+  Returns:
+    Outputs in the type of q; 0 where a token sees no key.
+
+  Raises:
+    ValueError: shapes or types do not fit, or a number is out of its range.
+    NotImplementedError: the named implementation cannot do this here.
+
+  >>> q = k = v = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
+  >>> dynamic_attention(q, k, v, block_size=8, window=16, num_remote=2).shape
+  (1, 64, 2, 8)
+
+  References:
+    Kitaev et al., "Reformer: The Efficient Transformer", 2020,
+    https://arxiv.org/abs/2001.04451 (hashing finds the keys)
+    Yuan et al., "Native Sparse Attention", 2025,
+    https://arxiv.org/abs/2502.11089 (blocks chosen per token and group)
+  """
+  layout = kernel.make_layout(block_size, window, is_causal, ramp)
+  ids = choose_blocks(
+    q, k, block_size=block_size, window=window, num_remote=num_remote,
+    num_hashes=num_hashes, hash_bits=hash_bits, selection=selection,
+    projections=projections, is_causal=is_causal, segment_ids=segment_ids,
+  )  # fmt: skip
+  return kernel.attend(
+    q, k, v, ids, layout, segment_ids=segment_ids, span=span, offset=offset,
+    scale=scale, implementation=implementation,
+  )  # fmt: skip
+
+
+def choose_blocks(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  *,
+  block_size: int = 64,
+  window: int = 256,
+  num_remote: int = 4,
+  num_hashes: int = 4,
+  hash_bits: int = 3,
+  selection: Selection = "lsh",
+  projections: Float[Array, "rounds H bits"] | None = None,
+  is_causal: bool = True,
+  segment_ids: Int[Array, "B T"] | None = None,
+) -> Int[Array, "B T K R"]:
+  """Returns the far blocks of every token, best first, -1 for none.
+
+  Each token chooses by itself, from blocks that lie wholly outside of its
+  window and, if causal, in its past: no token after it has a say. The query
+  heads that share keys choose together. `select_blocks` has the score.
+
+  Args:
+    q: queries.
+    k: keys.
+    block_size: as in `dynamic_attention`, and so are all others.
+    window: tokens.
+    num_remote: blocks to choose.
+    num_hashes: rounds of hashing.
+    hash_bits: signs in a hash.
+    selection: "lsh", "mean" or "none".
+    projections: see `hash_projections`.
+    is_causal: whether tokens see no later ones.
+    segment_ids: a block is open to a token whose number lies between the
+      smallest and the largest in it.
+
+  Raises:
+    ValueError: shapes do not fit, or a number is out of its range.
+
+  >>> q = k = jnp.ones((1, 12, 1, 4))
+  >>> ids = choose_blocks(q, k, block_size=4, window=4, num_remote=1)
+  >>> print(ids[0, ::4, 0])
+  [[-1]
+   [ 0]
+   [ 0]]
+  """
+  check_heads(q, k, k)
+  layout = kernel.make_layout(block_size, window, is_causal, 1.0)
+  check_choice(selection, num_remote, num_hashes, hash_bits)
+  batch, time, kv_heads, size = k.shape
+  if selection == "none" or num_remote == 0:
+    return jnp.full((batch, time, kv_heads, 0), -1, jnp.int32)
+  if selection == "mean":
+    projections = jnp.zeros((1, size, 0))
+  elif projections is None:
+    key = jax.random.key(0)
+    projections = hash_projections(key, num_hashes, size, hash_bits)
+  candidates = Candidates(block_size, layout.reach, is_causal)
+  more = -time % block_size
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
+  valid = jnp.broadcast_to(jnp.arange(time + more) < time, (batch, time + more))
+  segments = None
+  if segment_ids is not None:
+    segments = jnp.where(valid, pad(segment_ids), -1)
+    valid = segments >= 0
+  groups = pad(q).reshape(batch, time + more, kv_heads, -1, size)
+
+  def choose(args):
+    q, k, valid, segments = args
+    summary = summarize_blocks(k, projections, block_size, valid)
+    return select_blocks(
+      q, summary, projections, candidates, num_remote, segments
+    )
+
+  def by_head(x):
+    rest = x.shape[1], *x.shape[3:]
+    return jnp.moveaxis(x, 2, 1).reshape(batch * kv_heads, *rest)
+
+  repeat = lambda x: None if x is None else jnp.repeat(x, kv_heads, axis=0)
+  heads = jax.lax.stop_gradient((by_head(groups), by_head(pad(k))))
+  over_heads = jax.lax.map if jax.default_backend() == "cpu" else _vmap
+  ids = over_heads(choose, (*heads, repeat(valid), repeat(segments)))
+  ids = ids.reshape(batch, kv_heads, *ids.shape[1:])
+  return jnp.moveaxis(ids, 1, 2)[:, :time]
+
+
+def check_choice(
+  selection: str, num_remote: int, num_hashes: int, hash_bits: int
+) -> None:
+  """Raises `ValueError` for a choice that cannot be made."""
+  checks.require_choice(("lsh", "mean", "none"), selection=selection)
+  checks.require_positive(num_hashes=num_hashes)
+  for name, value, most in (
+    ("num_remote", num_remote, None),
+    ("hash_bits", hash_bits, 16),
+  ):
+    if not isinstance(value, int) or value < 0 or (most and value > most):
+      limit = f"from 0 to {most}" if most else "of at least 0"
+      raise ValueError(
+        f"{name} must be an integer {limit}, got {name}={value!r}."
+      )
+
+
+def _vmap(function, xs):
+  return jax.vmap(function)(xs)

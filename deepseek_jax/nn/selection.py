@@ -1,0 +1,160 @@
+"""Which far blocks a token should read."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from deepseek_jax.kernels.block_sparse_attention.dispatch import make_dispatch
+from deepseek_jax.nn.lsh import BlockSummary, hash_buckets
+
+_LEAST = float(jnp.finfo(jnp.float32).min)  # No such key, but open.
+_ROWS = 128  # Queries that share a bucket, in one product.
+_TILES = 16  # Products in a step.
+_PARTS = 8  # Of the sequence: each scores the blocks before its end only.
+_PART = 1024  # Tokens in a part, at least.
+
+
+class Candidates(NamedTuple):
+  """Which blocks a token may choose: those beside its window.
+
+  Attributes:
+    reach: blocks of the window on a side of the own one.
+    block: keys in a block.
+    is_causal: whether only blocks of the past are open.
+  """
+
+  block: int
+  reach: int
+  is_causal: bool
+
+  def open(
+    self, time: Int[Array, "*T"], blocks: Int[Array, " blocks"]
+  ) -> Bool[Array, "*T blocks"]:
+    """Says which of the blocks the tokens at some times may choose."""
+    behind = time[..., None] // self.block - blocks
+    if self.is_causal:
+      return behind > self.reach
+    return jnp.abs(behind) > self.reach
+
+
+def select_blocks(
+  q: Float[Array, "T G H"],
+  summary: BlockSummary,
+  projections: Float[Array, "rounds H bits"],
+  candidates: Candidates,
+  num_remote: int,
+  segments: Int[Array, " T"] | None = None,
+) -> Int[Array, "T R"]:
+  """Returns the best blocks of every token of one key-value head.
+
+  The score of a block is the largest q·c over the rounds of hashing and over
+  the G queries of the group, c the mean of the keys of that block which fell
+  into the bucket of the query. One key that is like the query stands out
+  there, where the mean of the whole block would drown it.
+
+  Args:
+    q: queries that share keys, scaled or not.
+    summary: of all blocks.
+    projections: that the summary was made with.
+    candidates: which blocks are open to whom.
+    num_remote: R, blocks to choose; fewer where there are fewer in all.
+    segments: of the tokens; a block is open to those whose number lies between
+      the smallest and the largest in it.
+
+  Returns:
+    Block numbers, best first; -1 where none is left.
+  """
+  time = q.shape[0]
+  blocks = summary.count.shape[0]
+  num_remote = min(num_remote, blocks)
+  ranges = None
+  if segments is not None:
+    ranges = _segment_ranges(segments, candidates.block)
+  parts = _num_parts(blocks, candidates)
+  chosen = []
+  for part in range(parts):
+    first, end = part * blocks // parts, (part + 1) * blocks // parts
+    known = end if candidates.is_causal else blocks
+    rows = slice(first * candidates.block, end * candidates.block)
+    scores = _scores(
+      q[rows], jax.tree.map(lambda x, n=known: x[:n], summary), projections
+    )
+    open_ = candidates.open(jnp.arange(time)[rows], jnp.arange(known))
+    if ranges is not None and segments is not None:
+      low, high = (edge[:known] for edge in ranges)
+      mine = segments[rows, None]
+      open_ &= (low <= mine) & (mine <= high)
+    scores = jnp.where(open_, scores, -jnp.inf)
+    chosen.append(_best(scores, num_remote))
+  return jnp.concatenate(chosen)
+
+
+def _num_parts(blocks: int, candidates: Candidates) -> int:
+  if not candidates.is_causal:
+    return 1
+  return max(1, min(_PARTS, blocks * candidates.block // _PART))
+
+
+def _segment_ranges(segments: Int[Array, " T"], block: int):
+  """Returns the smallest and the largest segment of every block."""
+  segments = segments.reshape(-1, block)
+  padding = segments < 0
+  low = jnp.where(padding, jnp.iinfo(segments.dtype).max, segments).min(1)
+  return low, segments.max(1)
+
+
+def _scores(
+  q: Float[Array, "T G H"],
+  summary: BlockSummary,
+  projections: Float[Array, "rounds H bits"],
+) -> Float[Array, "T blocks"]:
+  """Scores all blocks, with products of queries that share a bucket.
+
+  A bucket of a round is to the pairs of (query, round) what a block of keys is
+  to attention: they are dispatched in the same way.
+  """
+  time, group, size = q.shape
+  rounds, buckets = summary.count.shape[1:]
+  flat = q.reshape(-1, size)
+  codes = hash_buckets(flat, projections) + buckets * jnp.arange(rounds)
+  plan = make_dispatch(codes, rounds * buckets, _ROWS)
+  keys = jnp.moveaxis(
+    summary.centroids(), 0, -1
+  )  # [rounds, buckets, H, blocks]
+  keys = keys.reshape(rounds * buckets, size, -1)
+  empty = (summary.count == 0).reshape(-1, rounds * buckets).T
+
+  def step(tile):
+    code, token = tile
+    rows = flat.at[token].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return jnp.where(empty[code], _LEAST, rows @ keys[code])
+
+  found = jax.lax.map(step, (plan.block, plan.token), batch_size=_TILES)
+  found = found.reshape(-1, found.shape[-1])[
+    plan.place
+  ]  # [T·G, rounds, blocks]
+  return found.reshape(time, group * rounds, -1).max(1)
+
+
+def _best(scores: Float[Array, "T blocks"], count: int) -> Int[Array, "T R"]:
+  """Returns the places of the largest scores, -1 for those of -inf.
+
+  A few passes over the scores take less time than a partial sort on CPU.
+  """
+  if count > 8:
+    best, place = jax.lax.top_k(scores, min(count, scores.shape[-1]))
+    place = jnp.where(best > -jnp.inf, place, -1)
+    more = count - place.shape[-1]
+    return jnp.pad(place, ((0, 0), (0, more)), constant_values=-1)
+  number = jnp.arange(scores.shape[-1])
+  chosen = []
+  for _ in range(count):
+    best = scores.max(-1, keepdims=True)
+    place = jnp.where(scores == best, number, number.size).min(
+      -1, keepdims=True
+    )
+    scores = jnp.where(number == place, -jnp.inf, scores)
+    chosen.append(jnp.where(best > -jnp.inf, place, -1))
+  return jnp.concatenate(chosen, -1).astype(jnp.int32)
