@@ -123,6 +123,8 @@ def compact_moments(
     count = jnp.zeros((), jnp.int32)
     inner_state = inner.init(params)
     _check_no_average(inner_state)
+    # Else XLA works out the codes of zeros while it compiles, for a minute.
+    inner_state = jax.lax.optimization_barrier(inner_state)
     inner_state = pack_all(inner_state, params, count)
     return CompactMomentsState(inner_state, Rounding(count, scope_of(params)))
 

@@ -176,7 +176,9 @@ def _inner_product(update: Array, grad: Array) -> Scalar:
   wide = jnp.promote_types(update.dtype, jnp.float32)
   product = update.astype(wide) * grad.astype(wide)
   sound = jnp.isfinite(update) & jnp.isfinite(grad)
-  return jnp.sum(jnp.where(sound, product, 0)).real.astype(jnp.float32)
+  # Row by row: XLA on CPU writes the product down if it is summed at once.
+  rows = jnp.sum(jnp.where(sound, product, 0), -1) if product.ndim else product
+  return jnp.sum(rows).real.astype(jnp.float32)
 
 
 def _is_masked(node: Any) -> bool:

@@ -25,7 +25,7 @@ from harness_figure import Spread
 from deepseek_jax.optim.compact import bytes_per_parameter, compact_moments
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
-RATES = {"byte_lm": 5e-3, "mlp": 3e-3}
+RATES = {"byte_lm": 5e-3, "digits_mlp": 3e-3}
 STORAGE = ("float32", "bfloat16", "int8")
 
 

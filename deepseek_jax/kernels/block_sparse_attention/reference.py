@@ -55,7 +55,8 @@ def reference(
   weight = near[None, None]
   if span is not None:
     own = time[:, None] // block_size == time[None, :] // block_size
-    rows = lambda x: None if x is None else x.swapaxes(1, 2)[..., None]
+    offset = jnp.zeros_like(span) if offset is None else offset
+    rows = lambda x: x.swapaxes(1, 2)[..., None]
     soft = window_weight(distance, rows(span), rows(offset), ramp)
     weight = jnp.where(own, 1.0, soft) * weight
   weight = weight + jnp.repeat(remote, group, axis=2).swapaxes(1, 2)

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 
 def window_weight(
-  distance: jax.typing.ArrayLike,
+  distance: Num[Array, "..."],
   span: jax.typing.ArrayLike,
   offset: jax.typing.ArrayLike | None = None,
   ramp: jax.typing.ArrayLike = 32.0,
@@ -21,7 +21,7 @@ def window_weight(
   Args:
     distance: from query to key in tokens, positive for keys of the past.
     span: tokens seen in full on each side of the middle.
-    offset: distance of the middle; 0 by default.
+    offset: distance from the query to the middle; 0 if None.
     ramp: tokens over which the weight falls, above 0.
 
   >>> print(window_weight(jnp.arange(5), 1.0, ramp=2.0))
@@ -31,5 +31,5 @@ def window_weight(
     Sukhbaatar et al., "Adaptive Attention Span in Transformers", 2019,
     https://arxiv.org/abs/1905.07799
   """
-  away = jnp.abs(distance - (0.0 if offset is None else offset))
-  return jnp.clip(1 + (span - away) / ramp, 0, 1)
+  away = jnp.abs(distance if offset is None else distance - jnp.asarray(offset))
+  return jnp.clip(1 + (jnp.asarray(span) - away) / ramp, 0, 1)

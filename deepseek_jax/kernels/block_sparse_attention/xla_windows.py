@@ -192,11 +192,11 @@ class _Band(NamedTuple):
     """Returns the weights of the keys of windows, [C, J, G, W]."""
     block = self.layout.block
     shape = (self.chunk, block, -1, 1)
-    offset = None if rows.offset is None else rows.offset.reshape(shape)
+    span, offset = jax.tree.map(
+      lambda x: x.reshape(shape), (rows.span, rows.offset)
+    )
     distance = distance[:, None]
     key = jnp.arange(block)[:, None, None] - distance
     own = (key >= 0) & (key < block)
-    soft = window_weight(
-      distance, rows.span.reshape(shape), offset, self.layout.ramp
-    )
+    soft = window_weight(distance, span, offset, self.layout.ramp)
     return jnp.where(own, 1.0, soft)
