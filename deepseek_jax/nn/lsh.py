@@ -49,7 +49,7 @@ def hash_buckets(
   """
   along = jnp.einsum("...h,rhb->...rb", x, projections)
   powers = 2 ** jnp.arange(projections.shape[-1])
-  return jnp.sum((along > 0) * powers, -1, dtype=jnp.int32)
+  return (along > 0).astype(powers.dtype) @ powers
 
 
 class BlockSummary(NamedTuple):
@@ -82,11 +82,10 @@ def summarize_blocks(
   """
   buckets = 2 ** projections.shape[-1]
   hashes = hash_buckets(k, projections)
-  member = hashes[..., None] == jnp.arange(buckets)
+  member = jax.nn.one_hot(hashes, buckets, dtype=jnp.float32)
   if valid is not None:
-    member &= valid[:, None, None]
+    member *= valid[:, None, None]
   member = member.reshape(-1, block_size, *member.shape[1:])
-  member = member.astype(jnp.float32)
   blocks = k.reshape(-1, block_size, k.shape[-1]).astype(jnp.float32)
   return BlockSummary(
     total=jnp.einsum("njrc,njh->nrch", member, blocks), count=member.sum(1)

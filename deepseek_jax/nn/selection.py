@@ -33,7 +33,8 @@ class Candidates(NamedTuple):
     self, time: Int[Array, "*T"], blocks: Int[Array, " blocks"]
   ) -> Bool[Array, "*T blocks"]:
     """Says which of the blocks the tokens at some times may choose."""
-    behind = time[..., None] // self.block - blocks
+    own = jnp.expand_dims(time // self.block, -1)
+    behind = own - jnp.expand_dims(blocks, range(time.ndim))
     if self.is_causal:
       return behind > self.reach
     return jnp.abs(behind) > self.reach
@@ -85,7 +86,7 @@ def select_blocks(
     if ranges is not None and segments is not None:
       low, high = (edge[:known] for edge in ranges)
       mine = segments[rows, None]
-      open_ &= (low <= mine) & (mine <= high)
+      open_ &= (low[None] <= mine) & (mine <= high[None])
     scores = jnp.where(open_, scores, -jnp.inf)
     chosen.append(_best(scores, num_remote))
   return jnp.concatenate(chosen)
@@ -118,7 +119,8 @@ def _scores(
   time, group, size = q.shape
   rounds, buckets = summary.count.shape[1:]
   flat = q.reshape(-1, size)
-  codes = hash_buckets(flat, projections) + buckets * jnp.arange(rounds)
+  codes = hash_buckets(flat, projections)
+  codes += buckets * jnp.arange(rounds)[None]
   plan = make_dispatch(codes, rounds * buckets, _ROWS)
   keys = jnp.moveaxis(
     summary.centroids(), 0, -1
@@ -148,7 +150,7 @@ def _best(scores: Float[Array, "T blocks"], count: int) -> Int[Array, "T R"]:
     place = jnp.where(best > -jnp.inf, place, -1)
     more = count - place.shape[-1]
     return jnp.pad(place, ((0, 0), (0, more)), constant_values=-1)
-  number = jnp.arange(scores.shape[-1])
+  number = jnp.arange(scores.shape[-1])[None]
   chosen = []
   for _ in range(count):
     best = scores.max(-1, keepdims=True)

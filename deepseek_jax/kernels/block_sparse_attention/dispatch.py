@@ -60,7 +60,7 @@ def make_dispatch(
   block = jnp.searchsorted(first, tile, side="right") - 1
   block = jnp.minimum(block, num_blocks - 1)  # Tiles that are left over.
   source = (start[block] + (tile - first[block]) * rows)[:, None]
-  source = source + jnp.arange(rows)
+  source = source + jnp.arange(rows)[None]
   token = pair.at[source].get(mode="fill", fill_value=0) // choices
   token = jnp.where(source < start[block + 1][:, None], token, time)
   place = first[ids] * rows + jnp.arange(pairs) - start[ids]

@@ -24,8 +24,8 @@ def merge_attention(
   [[2.]] [2.]
   """
   top = jnp.maximum(lse.max(0), jnp.finfo(lse.dtype).min)  # -inf - -inf is NaN.
-  weights = jnp.exp(lse - top)
+  weights = jnp.exp(lse - top[None])
   total = weights.sum(0)
-  shares = weights / jnp.where(total > 0, total, 1)
+  shares = weights / jnp.where(total > 0, total, 1)[None]
   out = (shares[..., None] * outputs).sum(0).astype(outputs.dtype)
   return out, top + jnp.log(total)

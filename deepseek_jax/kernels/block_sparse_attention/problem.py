@@ -21,7 +21,7 @@ class Layout:
   block: int
   reach: int
   is_causal: bool
-  ramp: float
+  ramp: int | float
 
   @property
   def ahead(self) -> int:
@@ -64,13 +64,13 @@ def usable_ids(
    [ 0 -1]
    [ 0 -1]]
   """
-  time, choices = block_ids.shape[-2:]
+  time = block_ids.shape[-2]
   own = (jnp.arange(time) // layout.block)[:, None]
-  behind = own - block_ids
+  behind = jnp.broadcast_to(own, block_ids.shape) - block_ids
   near = (behind <= layout.reach) & (behind >= -layout.ahead)
   usable = (block_ids >= 0) & (block_ids < num_blocks) & ~near
   if layout.is_causal:
     usable &= behind > 0
   same = block_ids[..., :, None] == block_ids[..., None, :]
-  earlier = jnp.arange(choices)[:, None] > jnp.arange(choices)
-  return jnp.where(usable & ~(same & earlier).any(-1), block_ids, -1)
+  again = jnp.tril(same, -1).any(-1)
+  return jnp.where(usable & ~again, block_ids, -1)

@@ -13,20 +13,21 @@ def visible(
   window: int,
   is_causal: bool = True,
   segment_ids: Int[Array, "B T"] | None = None,
-) -> tuple[Bool[Array, "B T K T"], Bool[Array, "T T"], Bool[Array, "B T T"]]:
+) -> tuple[Bool[Array, "B T K T"], Bool[Array, "T T"], Bool[Array, "#B T T"]]:
   """Says which keys a token may see as remote, as near, and at all."""
   time = jnp.arange(block_ids.shape[1])
   block = time // block_size
   behind = block[:, None] - block[None, :]  # in blocks, from query to key
   near = jnp.abs(behind) < window // block_size
-  remote = (block_ids[..., None, :] == block[:, None]).any(-1)
+  of_key = block[None, None, None, :, None]
+  remote = (block_ids[..., None, :] == of_key).any(-1)
   allowed = jnp.ones((1, time.size, time.size), bool)
   if is_causal:
-    allowed &= time[:, None] >= time[None, :]
+    allowed &= (time[:, None] >= time[None, :])[None]
   if segment_ids is not None:
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     allowed &= same & (segment_ids >= 0)[:, :, None]
-  return remote & ~near[:, None, :], near, allowed
+  return remote & ~near[None, :, None], near, allowed
 
 
 def reference(
@@ -41,7 +42,7 @@ def reference(
   segment_ids: Int[Array, "B T"] | None = None,
   span: Float[Array, "B T N"] | None = None,
   offset: Float[Array, "B T N"] | None = None,
-  ramp: float = 32.0,
+  ramp: int | float = 32.0,
   scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
   """`block_sparse_attention`, dense: its meaning, and what it is tested by."""
@@ -57,8 +58,9 @@ def reference(
     own = time[:, None] // block_size == time[None, :] // block_size
     offset = jnp.zeros_like(span) if offset is None else offset
     rows = lambda x: x.swapaxes(1, 2)[..., None]
+    distance = distance[None, None]
     soft = window_weight(distance, rows(span), rows(offset), ramp)
-    weight = jnp.where(own, 1.0, soft) * weight
+    weight = jnp.where(own[None, None], 1.0, soft) * weight
   weight = weight + jnp.repeat(remote, group, axis=2).swapaxes(1, 2)
   weight = weight * allowed[:, None]
   q = q * (q.shape[-1] ** -0.5 if scale is None else scale)

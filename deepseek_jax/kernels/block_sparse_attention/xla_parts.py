@@ -43,13 +43,13 @@ def in_blocks(x: Array, block: int) -> Array:
   return x.reshape(-1, block, *x.shape[1:])
 
 
-def rows(x: Array, token: Int[Array, "C L"], fill: float = 0) -> Array:
+def rows(x: Array, token: Int[Array, "C L"], fill: int | float = 0) -> Array:
   """Returns the rows of tiles, [C, L·G, ...]."""
   x = x.at[token].get(mode="fill", fill_value=fill)
   return x.reshape(token.shape[0], -1, *x.shape[3:])
 
 
-def fetch(x: Array, place: Int[Array, "rows R"], fill: float) -> Array:
+def fetch(x: Array, place: Int[Array, "rows R"], fill: int | float) -> Array:
   """Returns what tokens got from the tiles of their choices."""
   return x.at[place].get(mode="fill", fill_value=fill)
 

@@ -109,7 +109,7 @@ def _add_runs(
   Their blocks rise by 0 or 1, so that they are neighbours in `total`.
   """
   count = parts.shape[0]
-  slot = block - block[0] == jnp.arange(count)[:, None]
+  slot = (block - block[0])[None] == jnp.arange(count)[:, None]
   sums = dot("sc,cjd->sjd", slot.astype(parts.dtype), parts)
   before = jax.lax.dynamic_slice_in_dim(total, block[0], count)
   return jax.lax.dynamic_update_slice_in_dim(total, before + sums, block[0], 0)

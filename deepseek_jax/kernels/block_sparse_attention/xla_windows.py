@@ -138,7 +138,7 @@ class _Band(NamedTuple):
     seen = (segments[:, None] == own) & (segments[:, None] >= 0)
     distance = self._distance()
     if self.layout.is_causal:
-      seen &= distance >= 0
+      seen &= (distance >= 0)[None]
     shape = (chunk, block, -1, k.shape[1])
     weight = 1.0
     if rows.span is not None:
@@ -186,7 +186,7 @@ class _Band(NamedTuple):
   def _distance(self) -> Int[Array, "J W"]:
     block, band = self.layout.block, self.layout.band
     key = jnp.arange(band * block) - self.layout.reach * block
-    return jnp.arange(block)[:, None] - key
+    return jnp.arange(block)[:, None] - key[None]
 
   def _soft(self, distance, rows: Heads):
     """Returns the weights of the keys of windows, [C, J, G, W]."""
@@ -195,8 +195,8 @@ class _Band(NamedTuple):
     span, offset = jax.tree.map(
       lambda x: x.reshape(shape), (rows.span, rows.offset)
     )
-    distance = distance[:, None]
-    key = jnp.arange(block)[:, None, None] - distance
+    distance = distance[None, :, None]
+    key = jnp.arange(block)[None, :, None, None] - distance
     own = (key >= 0) & (key < block)
     soft = window_weight(distance, span, offset, self.layout.ramp)
     return jnp.where(own, 1.0, soft)
