@@ -20,14 +20,6 @@ from deepseek_jax.kernels.block_sparse_attention.reference import (
 
 slow = pytest.mark.slow
 
-
-@pytest.fixture(autouse=True)
-def promotion():
-  """The plan of the tiles promotes ranks."""
-  with jax.numpy_rank_promotion("allow"):
-    yield
-
-
 # What XLA must be told of a device that is not there.
 H100 = """
 gpu_device_info {
