@@ -50,8 +50,11 @@ def tiles_backward(
     return jnp.zeros((1, group, size)), d_kv, d_kv
   steps = _tile_steps(tuning, head, plan)
   per_step = steps[0].shape[1]
-  empty = jnp.zeros((head.k.shape[0] // layout.block + per_step, layout.block,
-                     2 * size), jnp.float32)  # fmt: skip
+  blocks = head.k.shape[0] // layout.block + per_step
+  # Made of the keys, so that `shard_map` sees that it varies as they do.
+  empty = jnp.zeros_like(
+    head.k, jnp.float32, shape=(blocks, layout.block, 2 * size)
+  )
 
   def step(d_kv, tiles):
     block, token = tiles

@@ -78,7 +78,9 @@ def windows_backward(
     d_kv = band.add(d_kv, number, jnp.concatenate([d_k, d_v], -1))
     return d_kv, (d_q, band.edges(rows, weight, d_weight))
 
-  empty = jnp.zeros((band.k.shape[0], layout.block, 2 * size), jnp.float32)
+  # Made of the keys, so that `shard_map` sees that it varies as they do.
+  shape = (band.k.shape[0], layout.block, 2 * size)
+  empty = jnp.zeros_like(band.k, jnp.float32, shape=shape)
   xs = band.steps((head, place, above))
   d_kv, (d_q, d_edges) = jax.lax.scan(step, empty, xs)
   d_kv = d_kv[layout.reach :][: time // layout.block].reshape(time, 2 * size)
