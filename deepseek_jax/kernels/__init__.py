@@ -9,6 +9,7 @@ from deepseek_jax.kernels.block_sparse_attention import (
 from deepseek_jax.kernels.block_sparse_attention import (
   merge_attention as merge_attention,
 )
+from deepseek_jax.kernels.block_sparse_attention import why_not as why_not
 from deepseek_jax.kernels.block_sparse_attention import (
   window_weight as window_weight,
 )

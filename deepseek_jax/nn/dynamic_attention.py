@@ -7,11 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.kernels.block_sparse_attention import api as kernel
-from deepseek_jax.kernels.block_sparse_attention.checks import check_heads
+from deepseek_jax.kernels.block_sparse_attention.checks import (
+  check_heads,
+  check_rows,
+)
 from deepseek_jax.nn import checks
+from deepseek_jax.nn.long_selection import region_blocks, select_long
 from deepseek_jax.nn.lsh import hash_projections, summarize_blocks
 from deepseek_jax.nn.selection import Candidates, select_blocks
 
+LONG = 32_768  # Tokens from which on scoring all blocks takes longer.
 Selection = Literal["lsh", "mean", "none"]
 
 
@@ -29,6 +34,7 @@ def dynamic_attention(
   projections: Float[Array, "rounds H bits"] | None = None,
   is_causal: bool = True,
   segment_ids: Int[Array, "B T"] | None = None,
+  two_level: bool | None = None,
   span: Float[Array, "B T N"] | None = None,
   offset: Float[Array, "B T N"] | None = None,
   ramp: int | float = 32.0,
@@ -61,6 +67,8 @@ def dynamic_attention(
     projections: see `hash_projections`; drawn from a fixed key if None.
     is_causal: whether tokens see no later ones.
     segment_ids: as in `block_sparse_attention`.
+    two_level: whether to search region by region, in T^1.5, see
+      `long_selection`; None does from 32,768 tokens on.
     span: as in `block_sparse_attention`.
     offset: as in `block_sparse_attention`.
     ramp: as in `block_sparse_attention`.
@@ -89,6 +97,7 @@ def dynamic_attention(
     q, k, block_size=block_size, window=window, num_remote=num_remote,
     num_hashes=num_hashes, hash_bits=hash_bits, selection=selection,
     projections=projections, is_causal=is_causal, segment_ids=segment_ids,
+    two_level=two_level,
   )  # fmt: skip
   return kernel.attend(
     q, k, v, ids, layout, segment_ids=segment_ids, span=span, offset=offset,
@@ -109,6 +118,7 @@ def choose_blocks(
   projections: Float[Array, "rounds H bits"] | None = None,
   is_causal: bool = True,
   segment_ids: Int[Array, "B T"] | None = None,
+  two_level: bool | None = None,
 ) -> Int[Array, "B T K R"]:
   """Returns the far blocks of every token, best first, -1 for none.
 
@@ -129,6 +139,7 @@ def choose_blocks(
     is_causal: whether tokens see no later ones.
     segment_ids: a block is open to a token whose number lies between the
       smallest and the largest in it.
+    two_level: whether to search region by region.
 
   Raises:
     ValueError: shapes do not fit, or a number is out of its range.
@@ -143,6 +154,7 @@ def choose_blocks(
   check_heads(q, k, k)
   layout = kernel.make_layout(block_size, window, is_causal, 1.0)
   check_choice(selection, num_remote, num_hashes, hash_bits)
+  check_rows("segment_ids", segment_ids, q.shape[:2], jnp.integer)
   batch, time, kv_heads, size = k.shape
   if selection == "none" or num_remote == 0:
     return jnp.full((batch, time, kv_heads, 0), -1, jnp.int32)
@@ -152,7 +164,12 @@ def choose_blocks(
     key = jax.random.key(0)
     projections = hash_projections(key, num_hashes, size, hash_bits)
   candidates = Candidates(block_size, layout.reach, is_causal)
-  more = -time % block_size
+  blocks = -(-time // block_size)
+  region = 0
+  if (time >= LONG) if two_level is None else two_level:
+    region = region_blocks(blocks, layout.reach)
+    blocks = -(-blocks // region) * region
+  more = blocks * block_size - time
   pad = lambda x: jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
   valid = jnp.broadcast_to(jnp.arange(time + more) < time, (batch, time + more))
   segments = None
@@ -164,9 +181,11 @@ def choose_blocks(
   def choose(args):
     q, k, valid, segments = args
     summary = summarize_blocks(k, projections, block_size, valid)
-    return select_blocks(
-      q, summary, projections, candidates, num_remote, segments
-    )
+    rest = (q, summary, projections, candidates, num_remote)
+    if region:
+      mine = jnp.where(valid, 0, -1) if segments is None else segments
+      return select_long(k, *rest, size=region, segments=mine)
+    return select_blocks(*rest, segments)
 
   def by_head(x):
     rest = x.shape[1], *x.shape[3:]

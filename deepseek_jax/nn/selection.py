@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deepseek_jax.kernels.block_sparse_attention.dispatch import make_dispatch
+from deepseek_jax.kernels.block_sparse_attention.dispatch import (
+  Dispatch,
+  make_dispatch,
+)
 from deepseek_jax.nn.lsh import BlockSummary, hash_buckets
 
 _LEAST = float(jnp.finfo(jnp.float32).min)  # No such key, but open.
-_ROWS = 128  # Queries that share a bucket, in one product.
+_ROWS = 64  # Queries that share a bucket, in one product.
 _TILES = 16  # Products in a step.
 _PARTS = 8  # Of the sequence: each scores the blocks before its end only.
-_PART = 1024  # Tokens in a part, at least.
+_PART = 2048  # Tokens in a part, at least.
 
 
 class Candidates(NamedTuple):
@@ -72,14 +75,14 @@ def select_blocks(
   num_remote = min(num_remote, blocks)
   ranges = None
   if segments is not None:
-    ranges = _segment_ranges(segments, candidates.block)
+    ranges = segment_ranges(segments, candidates.block)
   parts = _num_parts(blocks, candidates)
   chosen = []
   for part in range(parts):
     first, end = part * blocks // parts, (part + 1) * blocks // parts
     known = end if candidates.is_causal else blocks
     rows = slice(first * candidates.block, end * candidates.block)
-    scores = _scores(
+    scores = score_blocks(
       q[rows], jax.tree.map(lambda x, n=known: x[:n], summary), projections
     )
     open_ = candidates.open(jnp.arange(time)[rows], jnp.arange(known))
@@ -88,7 +91,7 @@ def select_blocks(
       mine = segments[rows, None]
       open_ &= (low[None] <= mine) & (mine <= high[None])
     scores = jnp.where(open_, scores, -jnp.inf)
-    chosen.append(_best(scores, num_remote))
+    chosen.append(best_blocks(scores, num_remote)[0])
   return jnp.concatenate(chosen)
 
 
@@ -98,7 +101,7 @@ def _num_parts(blocks: int, candidates: Candidates) -> int:
   return max(1, min(_PARTS, blocks * candidates.block // _PART))
 
 
-def _segment_ranges(segments: Int[Array, " T"], block: int):
+def segment_ranges(segments: Int[Array, " T"], block: int):
   """Returns the smallest and the largest segment of every block."""
   segments = segments.reshape(-1, block)
   padding = segments < 0
@@ -106,12 +109,12 @@ def _segment_ranges(segments: Int[Array, " T"], block: int):
   return low, segments.max(1)
 
 
-def _scores(
+def score_blocks(
   q: Float[Array, "T G H"],
   summary: BlockSummary,
   projections: Float[Array, "rounds H bits"],
 ) -> Float[Array, "T blocks"]:
-  """Scores all blocks, with products of queries that share a bucket.
+  """Returns the scores of all blocks, from queries that share a bucket.
 
   A bucket of a round is to the pairs of (query, round) what a block of keys is
   to attention: they are dispatched in the same way.
@@ -122,41 +125,62 @@ def _scores(
   codes = hash_buckets(flat, projections)
   codes += buckets * jnp.arange(rounds)[None]
   plan = make_dispatch(codes, rounds * buckets, _ROWS)
-  keys = jnp.moveaxis(
-    summary.centroids(), 0, -1
-  )  # [rounds, buckets, H, blocks]
+  # [rounds, buckets, H, blocks]
+  keys = jnp.moveaxis(summary.centroids(), 0, -1)
   keys = keys.reshape(rounds * buckets, size, -1)
   empty = (summary.count == 0).reshape(-1, rounds * buckets).T
+  scores = score_groups(flat, plan, keys, empty)
+  return (
+    fetch_scores(scores, plan.place).reshape(time, group * rounds, -1).max(1)
+  )
+
+
+def score_groups(
+  q: Float[Array, "rows H"],
+  plan: Dispatch,
+  keys: Float[Array, "groups H keys"],
+  empty: Bool[Array, "groups keys"],
+) -> Float[Array, "tiles L keys"]:
+  """Returns the products of dispatched queries with the keys of their group.
+
+  `empty` marks what is no key: its score is the least there is.
+  """
 
   def step(tile):
-    code, token = tile
-    rows = flat.at[token].get(mode="fill", fill_value=0).astype(jnp.float32)
-    return jnp.where(empty[code], _LEAST, rows @ keys[code])
+    group, token = tile
+    rows = q.at[token].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return jnp.where(empty[group], _LEAST, rows @ keys[group])
 
-  found = jax.lax.map(step, (plan.block, plan.token), batch_size=_TILES)
-  found = found.reshape(-1, found.shape[-1])[
-    plan.place
-  ]  # [T·G, rounds, blocks]
-  return found.reshape(time, group * rounds, -1).max(1)
+  return jax.lax.map(step, (plan.block, plan.token), batch_size=_TILES)
 
 
-def _best(scores: Float[Array, "T blocks"], count: int) -> Int[Array, "T R"]:
-  """Returns the places of the largest scores, -1 for those of -inf.
+def fetch_scores(
+  scores: Float[Array, "tiles L keys"], place: Int[Array, "T rounds"]
+) -> Float[Array, "T rounds keys"]:
+  """Returns what the queries got in every round."""
+  return scores.reshape(-1, scores.shape[-1])[place]
+
+
+def best_blocks(
+  scores: Float[Array, "T blocks"], count: int
+) -> tuple[Int[Array, "T R"], Float[Array, "T R"]]:
+  """Returns places and values of the largest scores; place -1 for -inf.
 
   A few passes over the scores take less time than a partial sort on CPU.
   """
   if count > 8:
     best, place = jax.lax.top_k(scores, min(count, scores.shape[-1]))
-    place = jnp.where(best > -jnp.inf, place, -1)
-    more = count - place.shape[-1]
-    return jnp.pad(place, ((0, 0), (0, more)), constant_values=-1)
+    more = ((0, 0), (0, count - place.shape[-1]))
+    best = jnp.pad(best, more, constant_values=-jnp.inf)
+    return jnp.where(best > -jnp.inf, jnp.pad(place, more), -1), best
   number = jnp.arange(scores.shape[-1])[None]
-  chosen = []
+  places, values = [], []
   for _ in range(count):
     best = scores.max(-1, keepdims=True)
-    place = jnp.where(scores == best, number, number.size).min(
-      -1, keepdims=True
-    )
+    place = jnp.where(scores == best, number, number.size)
+    place = place.min(-1, keepdims=True)
     scores = jnp.where(number == place, -jnp.inf, scores)
-    chosen.append(jnp.where(best > -jnp.inf, place, -1))
-  return jnp.concatenate(chosen, -1).astype(jnp.int32)
+    places.append(jnp.where(best > -jnp.inf, place, -1))
+    values.append(best)
+  places, values = (jnp.concatenate(x, -1) for x in (places, values))
+  return places.astype(jnp.int32), values

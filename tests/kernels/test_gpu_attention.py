@@ -251,7 +251,7 @@ def test_says_what_it_cannot_do(change, error, words):
 @pytest.mark.parametrize("tuning", [gpu.Tuning(rows=96), gpu.Tuning(stages=0)])
 def test_rejects_impossible_tuning(tuning):
   layout, heads, ids, _ = make_problem(**BASE)
-  with pytest.raises(ValueError, match="multiple of 64"):
+  with pytest.raises(NotImplementedError, match="multiple of 64"):
     gpu.attend(layout, tuning, heads, ids)
 
 

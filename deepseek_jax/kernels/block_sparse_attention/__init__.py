@@ -3,6 +3,7 @@
 from deepseek_jax.kernels.block_sparse_attention.api import (
   block_sparse_attention as block_sparse_attention,
 )
+from deepseek_jax.kernels.block_sparse_attention.api import why_not as why_not
 from deepseek_jax.kernels.block_sparse_attention.dispatch import (
   Dispatch as Dispatch,
 )

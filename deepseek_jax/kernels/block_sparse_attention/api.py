@@ -1,7 +1,8 @@
 """Attention to a window and to chosen blocks: one call for all devices."""
 
-from typing import Any, Literal
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -11,13 +12,17 @@ from deepseek_jax.kernels.block_sparse_attention.checks import (
   check_rows,
   check_sizes,
 )
+from deepseek_jax.kernels.block_sparse_attention.implementations import (
+  Implementation,
+  choose,
+  reasons,
+  run,
+)
 from deepseek_jax.kernels.block_sparse_attention.problem import (
   Heads,
   Layout,
   usable_ids,
 )
-
-Implementation = Literal["xla", "tpu", "gpu"]
 
 
 def block_sparse_attention(
@@ -103,6 +108,34 @@ def block_sparse_attention(
   )  # fmt: skip
 
 
+def why_not(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  *,
+  block_size: int = 64,
+  window: int = 256,
+  is_causal: bool = True,
+) -> dict[str, str | None]:
+  """Says for every implementation why it cannot run here; None if it can.
+
+  `implementation=None` takes the first that can, in this order.
+
+  Args:
+    q: queries, or their `jax.ShapeDtypeStruct`.
+    k: keys, likewise.
+    block_size: as in `block_sparse_attention`.
+    window: as in `block_sparse_attention`.
+    is_causal: as in `block_sparse_attention`.
+
+  >>> x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+  >>> why_not(x, x)["xla"] is None
+  True
+  """
+  layout = make_layout(block_size, window, is_causal, 1.0)
+  attend_ = lambda q, k: _heads(q, k, k, layout, None, None, None, None)[0]
+  return reasons(layout, jax.eval_shape(attend_, q, k))
+
+
 def make_layout(
   block_size: int, window: int, is_causal: bool, ramp: int | float
 ) -> Layout:
@@ -139,10 +172,24 @@ def attend(
   check_rows("offset", offset, rows, jnp.floating)
   if offset is not None and span is None:
     raise ValueError("offset needs span: it moves a window that fades.")
+  heads, more = _heads(q, k, v, layout, segment_ids, span, offset, scale)
+  ids = _by_head(_pad_time(ids, more, -1))
+  name = choose(layout, heads, implementation)
+  out = run(name, layout, heads, ids)
+  batch, time = q.shape[:2]
+  out = out.reshape(batch, k.shape[2], time + more, *out.shape[2:])
+  return jnp.moveaxis(out, 1, 2).reshape(batch, time + more, *q.shape[2:])[
+    :, :time
+  ]
+
+
+def _heads(
+  q, k, v, layout: Layout, segment_ids, span, offset, scale
+) -> tuple[Heads, int]:
+  """Returns the heads, and the tokens that were added to them."""
   time, kv_heads = q.shape[1], k.shape[2]
   scale = q.shape[3] ** -0.5 if scale is None else scale
-  blocks = xla.padded_blocks(-(-time // layout.block))
-  more = blocks * layout.block - time
+  more = xla.padded_blocks(-(-time // layout.block)) * layout.block - time
   if more and segment_ids is None and not layout.is_causal:
     segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
   pad = lambda x, fill=0: _pad_time(x, more, fill)
@@ -154,10 +201,7 @@ def attend(
     offset=_by_kv_head(pad(offset), kv_heads),
     segments=_repeated(pad(segment_ids, -1), kv_heads),
   )
-  run = xla.attend
-  out, _ = run(layout, xla.tuning(layout, heads), heads, _by_head(pad(ids, -1)))
-  out = out.reshape(q.shape[0], kv_heads, -1, *out.shape[2:])
-  return jnp.moveaxis(out, 1, 2).reshape(q.shape[0], -1, *q.shape[2:])[:, :time]
+  return heads, more
 
 
 def _pad_time(x: Array | None, more: int, fill: int) -> Any:

@@ -50,7 +50,7 @@ def make_dispatch(
     return Dispatch(jnp.arange(num_blocks), empty, block_ids)
   ids = block_ids.reshape(pairs)
   ids = jnp.where((ids >= 0) & (ids < num_blocks), ids, num_blocks)
-  ids, pair = _sort_pairs(ids, num_blocks)
+  ids, pair = sort_pairs(ids, num_blocks)
   # Pairs of block b are those from start[b] up to start[b + 1].
   start = jnp.searchsorted(ids, jnp.arange(num_blocks + 1))
   tiles = jnp.maximum(1, -(-jnp.diff(start) // rows))
@@ -71,8 +71,11 @@ def make_dispatch(
   )
 
 
-def _sort_pairs(ids: Int[Array, " pairs"], num_blocks: int):
-  """Returns the ids in order, and the pair that each belongs to."""
+def sort_pairs(ids: Int[Array, " pairs"], num_blocks: int):
+  """Returns the ids in order, and the pair that each belongs to.
+
+  The ids are from 0 to `num_blocks`; pairs of one id keep their order.
+  """
   pairs = ids.size
   if (num_blocks + 1) * pairs < 2**31:
     # One sort of numbers: on CPU five times as fast as a sort of pairs.

@@ -43,6 +43,12 @@ class Tuning(NamedTuple):
   stages: int = 2
 
 
+def tuning(layout: Layout, heads: Heads) -> Tuning:
+  """Returns how much to do at a time: by reasoning, not by measurement."""
+  del layout, heads
+  return Tuning()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(
   layout: Layout, tuning: Tuning, heads: Heads, ids: Int[Array, "P T R"]
@@ -59,35 +65,29 @@ def attend(
   return out, lse
 
 
-def check_heads(layout: Layout, tuning: Tuning, heads: Heads) -> None:
-  """Raises NotImplementedError for what the kernels cannot do."""
-  remedy = "Use implementation='xla'."
+def why_not(layout: Layout, tuning: Tuning, heads: Heads) -> str | None:
+  """Returns why the kernels cannot do this; None if they can."""
   dtypes = {x.dtype.name for x in heads[:3]}
   if dtypes not in ({"bfloat16"}, {"float16"}):
-    raise NotImplementedError(
-      "q, k and v must all be bfloat16 or all float16 for implementation="
-      f"'gpu', got {sorted(dtypes)}. {remedy}"
+    return (
+      f"q, k and v must all be bfloat16 or all float16, got {sorted(dtypes)}"
     )
   size = heads.q.shape[-1]
   if size not in (64, 128):
-    raise NotImplementedError(
-      "the head size must be 64 or 128 for implementation='gpu', got "
-      f"{size}. {remedy}"
-    )
+    return f"the head size must be 64 or 128, got {size}"
   if layout.block % CHUNK:
-    raise NotImplementedError(
-      f"block_size must be a multiple of {CHUNK} for implementation='gpu', "
-      f"got {layout.block}. {remedy}"
-    )
+    return f"block_size must be a multiple of {CHUNK}, got {layout.block}"
   if tuning.rows < 1 or tuning.rows % CHUNK or tuning.stages < 1:
-    raise ValueError(
+    return (
       f"rows must be a positive multiple of {CHUNK} and stages at least 1, "
-      f"got {tuning}."
+      f"got {tuning}"
     )
+  return None
 
 
 def _forward(layout, tuning, heads, ids):
-  check_heads(layout, tuning, heads)
+  if reason := why_not(layout, tuning, heads):
+    raise NotImplementedError(f"{reason}; use implementation='xla'.")
   out, lse = windows_forward(layout, tuning.stages, heads)
   if not ids.shape[-1]:
     return out, lse, None
