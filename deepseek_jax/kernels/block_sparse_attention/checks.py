@@ -45,7 +45,7 @@ def check_heads(q: Any, k: Any, v: Any) -> None:
       "q and k must have as many tokens (this is self-attention), got "
       f"{q.shape[1]} and {k.shape[1]}."
     )
-  if q.shape[2] % k.shape[2]:
+  if not k.shape[2] or q.shape[2] % k.shape[2]:
     raise ValueError(
       "the heads of k must divide those of q (grouped-query attention), got "
       f"{q.shape[2]} heads of q and {k.shape[2]} of k."
