@@ -104,7 +104,7 @@ def select_long(
   far = _far(q, k, cells, codes, candidates, regions, num_remote, segments)
   # Turn by turn, as means and single keys have no common scale.
   ids = jnp.stack([far, near], -1).reshape(len(q), -1)
-  late = jnp.where(ids < 0, ids.shape[1], 0) + jnp.arange(ids.shape[1])
+  late = jnp.where(ids < 0, ids.shape[1], 0) + jnp.arange(ids.shape[1])[None]
   order = jnp.argsort(late, axis=1)[:, :num_remote]
   return jnp.take_along_axis(ids, order, 1)
 
@@ -129,8 +129,8 @@ def _near(q, summary, projections, candidates, regions, num_remote, segments):
     block = first - widths[0] + jnp.arange(span)
     time = number * tokens + jnp.arange(tokens)
     inside = (block >= 0) & (block < regions.blocks * regions.count)
-    open_ = candidates.open(time, block) & inside
-    open_ &= (low <= mine[:, None]) & (mine[:, None] <= high)
+    open_ = candidates.open(time, block) & inside[None]
+    open_ &= (low[None] <= mine[:, None]) & (mine[:, None] <= high[None])
     place, _ = best_blocks(jnp.where(open_, scores, -jnp.inf), num_remote)
     return jnp.where(place >= 0, block[0] + place, -1)
 
@@ -152,7 +152,7 @@ def _fill_cells(k, codes, regions: Regions, valid) -> Cells:
     cell = jnp.where(valid, region * per_region + code, count)
     cell, key = sort_pairs(cell, count)
     start = jnp.searchsorted(cell, jnp.arange(count + 1))
-    at = start[:-1, None] + jnp.arange(_ROOM)
+    at = start[:-1, None] + jnp.arange(_ROOM)[None]
     taken = at < start[1:, None]
     member = jnp.where(taken, key[jnp.minimum(at, time - 1)], 0)
     total = jnp.where(taken[..., None], k[member], 0).astype(jnp.float32)
@@ -169,7 +169,7 @@ def _far(q, k, cells, codes, candidates, regions, num_remote, segments):
   flat = q.reshape(-1, size)
   named = hash_buckets(flat, codes)  # [T·G, rounds]
   plan = make_dispatch(
-    named + per_region * jnp.arange(rounds), rounds * per_region, 32
+    named + per_region * jnp.arange(rounds)[None], rounds * per_region, 32
   )
   means = cells.mean.reshape(rounds, regions.count, per_region, size)
   means = means.transpose(0, 2, 3, 1).reshape(-1, size, regions.count)
@@ -183,7 +183,7 @@ def _far(q, k, cells, codes, candidates, regions, num_remote, segments):
     first, q, named, place, mine = args
     found = fetch_scores(scores, place).reshape(length, group, -1)
     own = (first + jnp.arange(length)) // tokens
-    away = own[:, None] - jnp.arange(regions.count)
+    away = own[:, None] - jnp.arange(regions.count)[None]
     open_ = away > 1 if candidates.is_causal else jnp.abs(away) > 1
     open_ = jnp.tile(open_, (1, rounds))[:, None]
     found = jnp.where(open_, found, -jnp.inf).reshape(length * group, -1)
