@@ -18,7 +18,7 @@ import workloads
 Setting = Mapping[str, float]
 RATES = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 6e-2)  # AdamW's.
 PEER_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-OUR_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+OUR_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DECAYS = (0.0, 0.1)
 
 
@@ -79,15 +79,15 @@ def by_rate(
   return Candidate(make=build, grid=tuple(grid), default=first, **options)
 
 
-def ours(**options: Any) -> Candidate:
-  """`optim.deepseek` with keyword arguments, always at its default rate."""
+def ours(default: float = 1e-2, **options: Any) -> Candidate:
+  """`optim.deepseek` with keyword arguments, scored at one rate."""
 
   def make(rate):
     from deepseek_jax import optim
 
     return optim.deepseek(rate, **options)
 
-  return by_rate(make, OUR_RATES, 1e-2, evaluate_at=averaged, tuned=False)
+  return by_rate(make, OUR_RATES, default, evaluate_at=averaged, tuned=False)
 
 
 def averaged(opt_state: Any, params: Any) -> Any:
@@ -146,16 +146,6 @@ def _hidden_matrices(params):
     return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last)
 
   return jax.tree_util.tree_map_with_path(dimensions, params)
-
-
-def _orthogonalized(params):
-  from deepseek_jax import optim
-
-  def label(leaf):
-    shape = optim.matrix_shape(jnp.shape(leaf))
-    return "adam" if min(shape.rows, shape.columns) == 1 else "newton_schulz"
-
-  return jax.tree.map(label, params)
 
 
 def _plateau(rate, weight_decay):
@@ -231,12 +221,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   "without average": {"average": 0.0},
   "without cap": {"cap": 0.0},
   "without decay": {"weight_decay": 0.0},
-  "newton_schulz": {"labels": _orthogonalized},
+  "newton_schulz": {"kind": "newton_schulz"},
   "with snr": {"snr_power": 0.5},
   "with loss ratio": {"loss_power": 0.5},
   "int8 moments": {"moment_dtype": "int8"},
 }
 CANDIDATES |= {name: ours(**options) for name, options in ABLATIONS.items()}
+CANDIDATES["30 x the rate"] = ours(0.3)
+CANDIDATES["30 x the rate, no cap"] = ours(0.3, cap=0.0)
 
 
 def find(name: str, file: pathlib.Path | None = None) -> Candidate:

@@ -76,6 +76,7 @@ GROUPS: dict[str, dict[str, Callable[[], Any]]] = {
   },
   "whole recipes": {
     "deepseek()": optim.deepseek,
+    "deepseek, Newton-Schulz": lambda: optim.deepseek(kind="newton_schulz"),
     "muon": lambda: optax.contrib.muon(RATE),
   },
 }

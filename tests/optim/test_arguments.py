@@ -44,6 +44,7 @@ WRONG = [
       "b2": None,
       "cap": True,
       "every": 0,
+      "kind": "muon",
       "learning_rate": None,
       "loss_power": -1,
       "moment_dtype": "x",

@@ -190,6 +190,15 @@ def test_warmup_scales_the_first_updates():
   assert_close(moved, jax.tree.map(lambda move: move / 4, full), rtol=1e-4)
 
 
+def test_kind_is_the_label_of_every_matrix():
+  labels = [("embed/.*", "newton_schulz"), (".*", "adam")]
+  named, labelled = bare(kind="newton_schulz"), bare(labels=labels)
+  assert_close(descend(named)[0], descend(labelled)[0])
+  square = {"kernel": jnp.zeros((64, 64))}
+  state = jax.eval_shape(optim.deepseek(kind="newton_schulz").init, square)
+  assert bytes_per_parameter(state, square) < 8.1
+
+
 def test_labels_take_a_matrix_out_of_the_whitening():
   adam = optax.chain(
     optax.scale_by_adam(b1=0.9, b2=0.95), optax.scale(-0.1 * 0.2)
