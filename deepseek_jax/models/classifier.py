@@ -1,6 +1,6 @@
 """Images to classes: convolution, LSTM and attention in exchangeable parts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -54,6 +54,10 @@ class Classifier(nnx.Module):
     bidirectional: read the sequence in both directions.
     num_heads: attention heads.
     head_dim: size of a head; None for the LSTM's output size // `num_heads`.
+    attention: "full", or "dynamic" for long sequences, whose tokens read what
+      is near and what hashing finds; see `nn.DynamicAttention`.
+    attention_options: arguments of `nn.DynamicAttention`, in JSON's types, such
+      as {"block_size": 16, "window": 64}; for "dynamic" only.
     pooling: "last", "mean", "max" or "attention" over the steps.
     dropout: fraction of every layer's outputs set to zero in training, [0, 1).
     activation: of the convolutions: a name in `nn.ACTIVATIONS` or a function.
@@ -85,6 +89,8 @@ class Classifier(nnx.Module):
     bidirectional: bool = False,
     num_heads: int = 4,
     head_dim: int | None = None,
+    attention: nn.Attention = "full",
+    attention_options: Mapping[str, Any] | None = None,
     pooling: nn.Pooling = "last",
     dropout: float = 0.1,
     activation: str | nn.Activation = "relu",
@@ -118,6 +124,8 @@ class Classifier(nnx.Module):
         bidirectional=bidirectional,
         num_heads=num_heads,
         head_dim=head_dim,
+        attention=attention,
+        attention_options=attention_options,
         dropout=dropout,
         dtype=dtype,
         rngs=rngs,

@@ -1,7 +1,7 @@
 """The default input and feature parts of `Classifier`."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -110,6 +110,8 @@ class RecurrentAttention(nnx.Module):
     bidirectional: read in both directions; outputs have `2 * features`.
     num_heads: attention heads, at least 1.
     head_dim: size of a head; None for output size // `num_heads`.
+    attention: "full" or "dynamic", see `nn.AttentionBlock`.
+    attention_options: the options of "dynamic", see there.
     dropout: fraction of every layer's outputs set to zero in training.
     dtype: of the computation and the result; parameters are float32.
     rngs: streams "params" and "dropout".
@@ -128,6 +130,8 @@ class RecurrentAttention(nnx.Module):
     bidirectional: bool = False,
     num_heads: int = 4,
     head_dim: int | None = None,
+    attention: nn.Attention = "full",
+    attention_options: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
@@ -147,6 +151,8 @@ class RecurrentAttention(nnx.Module):
       width,
       num_heads=num_heads,
       head_dim=head_dim,
+      attention=attention,
+      attention_options=attention_options,
       dropout=dropout,
       dtype=dtype,
       rngs=rngs,

@@ -3,14 +3,28 @@
 from deepseek_jax.nn.activations import ACTIVATIONS as ACTIVATIONS
 from deepseek_jax.nn.activations import Activation as Activation
 from deepseek_jax.nn.activations import activation as activation
+from deepseek_jax.nn.annealing import Annealing as Annealing
+from deepseek_jax.nn.annealing import SparsitySchedule as SparsitySchedule
+from deepseek_jax.nn.annealing import TrainingCalls as TrainingCalls
+from deepseek_jax.nn.attention import Attention as Attention
 from deepseek_jax.nn.attention import AttentionBlock as AttentionBlock
 from deepseek_jax.nn.attention import MultiHeadAttention as MultiHeadAttention
+from deepseek_jax.nn.cache import DecodeCache as DecodeCache
+from deepseek_jax.nn.cache import append_token as append_token
+from deepseek_jax.nn.cache import empty_cache as empty_cache
+from deepseek_jax.nn.cache import fill_cache as fill_cache
 from deepseek_jax.nn.convolution import ConvolutionStage as ConvolutionStage
 from deepseek_jax.nn.convolution import max_pool as max_pool
+from deepseek_jax.nn.decoding import (
+  choose_cached_blocks as choose_cached_blocks,
+)
+from deepseek_jax.nn.decoding import decode_attention as decode_attention
 from deepseek_jax.nn.dynamic_attention import choose_blocks as choose_blocks
 from deepseek_jax.nn.dynamic_attention import (
   dynamic_attention as dynamic_attention,
 )
+from deepseek_jax.nn.dynamic_layer import DynamicAttention as DynamicAttention
+from deepseek_jax.nn.dynamic_layer import HashProjections as HashProjections
 from deepseek_jax.nn.heads import AttentionPooling as AttentionPooling
 from deepseek_jax.nn.heads import ClassificationHead as ClassificationHead
 from deepseek_jax.nn.heads import Pooling as Pooling
@@ -24,5 +38,8 @@ from deepseek_jax.nn.lsh import summarize_blocks as summarize_blocks
 from deepseek_jax.nn.recurrent import LSTM as LSTM
 from deepseek_jax.nn.recurrent import BidirectionalLSTM as BidirectionalLSTM
 from deepseek_jax.nn.recurrent import LSTMState as LSTMState
+from deepseek_jax.nn.rotary import rotate_by_position as rotate_by_position
 from deepseek_jax.nn.selection import Candidates as Candidates
 from deepseek_jax.nn.selection import select_blocks as select_blocks
+from deepseek_jax.nn.window import LearnedWindow as LearnedWindow
+from deepseek_jax.nn.window import clip_with_return as clip_with_return

@@ -1,5 +1,8 @@
 """Self-attention over padded sequences, and its residual block."""
 
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from deepseek_jax.nn import checks
+from deepseek_jax.nn.dynamic_layer import DynamicAttention
+
+Attention = Literal["full", "dynamic"]
 
 
 class MultiHeadAttention(nnx.Module):
@@ -104,11 +110,17 @@ class AttentionBlock(nnx.Module):
     num_heads: as in `MultiHeadAttention`.
     head_dim: as in `MultiHeadAttention`.
     dropout: as in `MultiHeadAttention`.
+    attention: "full" is `MultiHeadAttention`; "dynamic" is `DynamicAttention`,
+      for long sequences: the same function of the same parameters as long as it
+      reads all blocks.
+    attention_options: further arguments of `DynamicAttention`, such as
+      {"block_size": 64, "window": 256}. Here `is_causal` and `rotary` are False
+      unless they say otherwise.
     dtype: of the computation and the result; parameters are float32.
     rngs: streams "params" and "dropout".
 
   Raises:
-    ValueError: as `MultiHeadAttention` does.
+    ValueError: as the attention does, or it is "full" and takes no options.
 
   References:
     Xiong et al., On Layer Normalization in the Transformer Architecture, 2020
@@ -122,16 +134,31 @@ class AttentionBlock(nnx.Module):
     num_heads: int = 4,
     head_dim: int | None = None,
     dropout: float = 0.0,
+    attention: Attention = "full",
+    attention_options: Mapping[str, Any] | None = None,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.attention = MultiHeadAttention(
+    checks.require_choice(("full", "dynamic"), attention=attention)
+    if attention == "full" and attention_options:
+      raise ValueError(
+        "attention_options are those of attention='dynamic', got "
+        f"{attention_options=} with attention='full'."
+      )
+    kind: Callable[..., nnx.Module] = MultiHeadAttention
+    options: dict[str, Any] = {}
+    if attention == "dynamic":
+      kind = DynamicAttention
+      options = {"is_causal": False, "rotary": False}
+      options |= attention_options or {}
+    self.attention = kind(
       features,
       num_heads=num_heads,
       head_dim=head_dim,
       dropout=dropout,
       dtype=dtype,
       rngs=rngs,
+      **options,
     )
     self.norm = nnx.LayerNorm(features, dtype=dtype, rngs=rngs)
     self.dtype = dtype

@@ -147,6 +147,7 @@ def test_it_equals_the_reference_whatever_the_shape(problem, seed):
   check(problem, seed)
 
 
+@slow
 def test_bfloat16_is_as_near_as_rounding_lets_it_be():
   problem = PROBLEMS["causal groups"]
   halves = draw(problem, 3, jnp.bfloat16)
@@ -185,6 +186,7 @@ def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients():
     assert not np.asarray(grad)[blind].any(), name
 
 
+@slow
 def test_vmap_is_a_loop():
   problem = PROBLEMS["causal groups"]
   one, two = draw(problem, 0), draw(problem, 1)

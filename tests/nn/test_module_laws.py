@@ -68,6 +68,36 @@ MODULES = {
   "attention block": Case(
     lambda **kwargs: nn.AttentionBlock(8, dropout=0.5, **kwargs), TOKENS
   ),
+  "dynamic attention": Case(
+    lambda **kwargs: nn.DynamicAttention(
+      8,
+      num_heads=4,
+      num_kv_heads=2,
+      block_size=2,
+      window=2,
+      num_remote=1,
+      hash_bits=2,
+      learn_window=True,
+      dropout=0.5,
+      **kwargs,
+    ),
+    TOKENS,
+  ),
+  "annealed dynamic attention block": Case(
+    lambda **kwargs: nn.AttentionBlock(
+      8,
+      attention="dynamic",
+      attention_options={
+        "block_size": 2,
+        "window": 2,
+        "hash_bits": 1,
+        "schedule": ((0, None), (1, 1)),
+      },
+      dropout=0.5,
+      **kwargs,
+    ),
+    TOKENS,
+  ),
   "recurrent attention": Case(
     lambda **kwargs: models.RecurrentAttention(
       8, features=4, num_layers=2, bidirectional=True, dropout=0.5, **kwargs
@@ -107,10 +137,19 @@ MODULES = {
   ),
 }
 
-each_module = pytest.mark.parametrize("name", MODULES)
-each_masked = pytest.mark.parametrize(
-  "name", [name for name, case in MODULES.items() if case.takes_mask]
-)
+# Each of its branches is compiled, and is another row's.
+SLOW = ("annealed dynamic attention block",)
+
+
+def each(names):
+  marks = lambda name: pytest.mark.slow if name in SLOW else ()
+  return pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks(name)) for name in names]
+  )
+
+
+each_module = each(MODULES)
+each_masked = each(name for name, case in MODULES.items() if case.takes_mask)
 each_mode = pytest.mark.parametrize(
   "graph", [True, False], ids=["graph", "tree"]
 )
