@@ -87,7 +87,7 @@ class Case:
   def megabytes(self) -> float:
     """Returns the temporary memory of a call."""
     found = self.compiled.memory_analysis()
-    return round(found.temp_size_in_bytes / 1e6, 1)
+    return round(found.temp_size_in_bytes / 1e6, 1) if found else math.nan
 
 
 def jax_cases(time: int, backward: bool) -> dict[str, Case]:
