@@ -81,8 +81,10 @@ def deepseek(
   It costs more than AdamW: of state, 7 floats a parameter in a square matrix, 8
   where one side is twice the other and 3.5 where it is four times as long, not
   2; compilation, seven times as long with a hundred matrices; and time that
-  does not depend on the batch. Use `optax.adamw` where a step is short or the
-  state does not fit.
+  does not depend on the batch. With 10 and 50 million parameters it reached a
+  target sooner than AdamW from 5,000 and 3,500 tokens a step on (a CPU; fewer
+  on small models). Use `optax.adamw` where a step is shorter or the state does
+  not fit.
 
   Without the loss as `value` the parts that are driven by it rest. The cap
   takes the loss to be bounded below by 0; at a negative one it rests too. Clip

@@ -58,6 +58,10 @@ def cap_by_polyak(
   (`deepseek` has the figures); where the loss has a high floor that `lower`
   does not know of, as with language, it hardly acts.
 
+  It costs one more pass over gradients and updates, which no fusion hides: on
+  CPU 3 to 4 times the update of AdamW alone, which is that of about 100 tokens
+  of training (`experiments/results/optimizer_cost.json`).
+
   A `lower` that is too low only weakens the brake; one that is too high brakes
   to a stand before it. Below it the scale is 1, as the bound is none.
 
