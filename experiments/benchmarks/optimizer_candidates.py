@@ -215,7 +215,7 @@ CANDIDATES = {
   "deepseek": ours(),
 }
 
-# Name to the keyword arguments of `optim.deepseek` that take one part away.
+# Name to the arguments of `ours` that take one part away, or test another.
 ABLATIONS: dict[str, dict[str, Any]] = {
   "without whitening": {"labels": ((".*", "adam"),)},
   "without average": {"average": 0.0},
@@ -225,10 +225,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   "with snr": {"snr_power": 0.5},
   "with loss ratio": {"loss_power": 0.5},
   "int8 moments": {"moment_dtype": "int8"},
+  "30 x the rate": {"default": 0.3},
+  "30 x the rate, no cap": {"default": 0.3, "cap": 0.0},
 }
 CANDIDATES |= {name: ours(**options) for name, options in ABLATIONS.items()}
-CANDIDATES["30 x the rate"] = ours(0.3)
-CANDIDATES["30 x the rate, no cap"] = ours(0.3, cap=0.0)
 
 
 def find(name: str, file: pathlib.Path | None = None) -> Candidate:
