@@ -127,7 +127,7 @@ def test_it_equals_the_reference(name, seed):
 
 
 @slow
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
   problem=st.builds(
     Problem,

@@ -135,7 +135,7 @@ def test_it_equals_the_reference_with_its_choice(name, seed):
 
 
 @slow
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
   problem=st.builds(
     Problem,
