@@ -109,8 +109,8 @@ def block_sparse_attention(
 
 
 def why_not(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B T K H"],
+  q: Array | jax.ShapeDtypeStruct,
+  k: Array | jax.ShapeDtypeStruct,
   *,
   block_size: int = 64,
   window: int = 256,
@@ -121,8 +121,8 @@ def why_not(
   `implementation=None` takes the first that can, in this order.
 
   Args:
-    q: queries, or their `jax.ShapeDtypeStruct`.
-    k: keys, likewise.
+    q: queries [B, T, N, H], or their `jax.ShapeDtypeStruct`.
+    k: keys [B, T, K, H], likewise.
     block_size: as in `block_sparse_attention`.
     window: as in `block_sparse_attention`.
     is_causal: as in `block_sparse_attention`.
