@@ -38,7 +38,7 @@ REGIONS = {"R4 b3, by region": {"two_level": True}}
 # The task of recall.
 NAMES, VALUES, ASKED = 128, 32, 32
 WIDTH, HEADS = 64, 2
-SPARSE = {"block_size": 16, "window": 32, "num_remote": 4}
+SPARSE: dict[str, Any] = {"block_size": 16, "window": 32, "num_remote": 4}
 WAYS: dict[str, dict[str, Any]] = {
   "full": {"num_remote": 1_000},
   "dynamic": {},
