@@ -16,7 +16,7 @@ from deepseek_jax.nn.long_selection import region_blocks, select_long
 from deepseek_jax.nn.lsh import hash_projections, summarize_blocks
 from deepseek_jax.nn.selection import Candidates, select_blocks
 
-LONG = 32_768  # Tokens from which on scoring all blocks takes longer.
+LONG = 32_768  # Tokens from which on means of buckets miss most needles.
 Selection = Literal["lsh", "mean", "none"]
 
 
@@ -41,7 +41,7 @@ def dynamic_attention(
   scale: float | None = None,
   implementation: kernel.Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Attention whose cost hardly grows with T, and that still finds far tokens.
+  """Attention to as many keys at any T, that still finds far tokens.
 
   Every token sees its window and, outside of it, all keys of the `num_remote`
   blocks that `choose_blocks` finds for it: one exact softmax over both, see

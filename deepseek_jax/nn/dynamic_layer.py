@@ -38,7 +38,7 @@ class HashProjections(nnx.Variable):
 class DynamicAttention(nnx.Module):
   """Self-attention that reads a window and the far blocks hashing finds.
 
-  `dynamic_attention` between linear maps: its cost hardly grows with the
+  `dynamic_attention` between linear maps: a token reads as many keys at any
   length, and it decodes from a cache. For short sequences, and where
   `experiments/results/attention.json` says so, `MultiHeadAttention` is faster.
   Its parameters have the same names: with `is_causal=False`, `rotary=False`

@@ -4,8 +4,9 @@ Scoring every block for every token costs T² / block. Here the sequence is cut
 into regions of about √(number of blocks) blocks each. Blocks of the own region
 and of those beside it are scored as ever. In the others, longer hash codes cut
 the keys of a region into cells of a few keys; a token scores only the cells
-that its own codes name, looks at the keys of the best ones, and scores the
-blocks where it found them: T^1.5 in all, with a small factor.
+that its own codes name and looks at the keys of the best ones. Blocks found far
+away and those nearby are taken turn by turn. The work grows as T^1.5. It is for
+what it finds: in long sequences the mean of a bucket drowns a single key.
 """
 
 import math
