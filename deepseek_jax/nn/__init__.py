@@ -41,5 +41,12 @@ from deepseek_jax.nn.recurrent import LSTMState as LSTMState
 from deepseek_jax.nn.rotary import rotate_by_position as rotate_by_position
 from deepseek_jax.nn.selection import Candidates as Candidates
 from deepseek_jax.nn.selection import select_blocks as select_blocks
+from deepseek_jax.nn.sequence_choice import ShardedChoice as ShardedChoice
+from deepseek_jax.nn.sequence_choice import (
+  choose_sharded_blocks as choose_sharded_blocks,
+)
+from deepseek_jax.nn.sequence_sharding import (
+  sharded_dynamic_attention as sharded_dynamic_attention,
+)
 from deepseek_jax.nn.window import LearnedWindow as LearnedWindow
 from deepseek_jax.nn.window import clip_with_return as clip_with_return

@@ -1,6 +1,7 @@
 """Attention to a window and to the far blocks that hashing finds."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -158,11 +159,9 @@ def choose_blocks(
   batch, time, kv_heads, size = k.shape
   if selection == "none" or num_remote == 0:
     return jnp.full((batch, time, kv_heads, 0), -1, jnp.int32)
-  if selection == "mean":
-    projections = jnp.zeros((1, size, 0))
-  elif projections is None:
-    key = jax.random.key(0)
-    projections = hash_projections(key, num_hashes, size, hash_bits)
+  projections = choice_projections(
+    selection, projections, num_hashes, size, hash_bits
+  )
   candidates = Candidates(block_size, layout.reach, is_causal)
   blocks = -(-time // block_size)
   region = 0
@@ -193,7 +192,6 @@ def choose_blocks(
 
   repeat = lambda x: None if x is None else jnp.repeat(x, kv_heads, axis=0)
   heads = jax.lax.stop_gradient((by_head(groups), by_head(pad(k))))
-  over_heads = jax.lax.map if jax.default_backend() == "cpu" else _vmap
   ids = over_heads(choose, (*heads, repeat(valid), repeat(segments)))
   ids = ids.reshape(batch, kv_heads, *ids.shape[1:])
   return jnp.moveaxis(ids, 1, 2)[:, :time]
@@ -216,5 +214,23 @@ def check_choice(
       )
 
 
-def _vmap(function, xs):
+def choice_projections(
+  selection: Selection,
+  projections: Float[Array, "rounds H bits"] | None,
+  num_hashes: int,
+  size: int,
+  hash_bits: int,
+) -> Float[Array, "rounds H bits"]:
+  """Returns the directions that keys of a size are hashed along."""
+  if selection == "mean":
+    return jnp.zeros((1, size, 0))
+  if projections is not None:
+    return projections
+  return hash_projections(jax.random.key(0), num_hashes, size, hash_bits)
+
+
+def over_heads(function: Callable[[Any], Any], xs: Any) -> Any:
+  """Maps over heads; on CPU one after the other, so that arrays stay close."""
+  if jax.default_backend() == "cpu":
+    return jax.lax.map(function, xs)
   return jax.vmap(function)(xs)

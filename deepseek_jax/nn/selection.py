@@ -49,7 +49,8 @@ def select_blocks(
   projections: Float[Array, "rounds H bits"],
   candidates: Candidates,
   num_remote: int,
-  segments: Int[Array, " T"] | None = None,
+  segments: Int[Array, " time"] | None = None,
+  first_block: Int[Array, ""] | int = 0,
 ) -> Int[Array, "T R"]:
   """Returns the best blocks of every token of one key-value head.
 
@@ -64,8 +65,9 @@ def select_blocks(
     projections: that the summary was made with.
     candidates: which blocks are open to whom.
     num_remote: R, blocks to choose; fewer where there are fewer in all.
-    segments: of the tokens; a block is open to those whose number lies between
-      the smallest and the largest in it.
+    segments: of all tokens that the summary is of; a block is open to those
+      whose number lies between the smallest and the largest in it.
+    first_block: of the queries, where they are a part of the tokens.
 
   Returns:
     Block numbers, best first; -1 where none is left.
@@ -73,10 +75,13 @@ def select_blocks(
   time = q.shape[0]
   blocks = summary.count.shape[0]
   num_remote = min(num_remote, blocks)
+  start = first_block * candidates.block
   ranges = None
   if segments is not None:
     ranges = segment_ranges(segments, candidates.block)
-  parts = _num_parts(blocks, candidates)
+    segments = jax.lax.dynamic_slice_in_dim(segments, start, time)
+  whole = time == blocks * candidates.block
+  parts = _num_parts(blocks, candidates) if whole else 1
   chosen = []
   for part in range(parts):
     first, end = part * blocks // parts, (part + 1) * blocks // parts
@@ -85,7 +90,7 @@ def select_blocks(
     scores = score_blocks(
       q[rows], jax.tree.map(lambda x, n=known: x[:n], summary), projections
     )
-    open_ = candidates.open(jnp.arange(time)[rows], jnp.arange(known))
+    open_ = candidates.open(start + jnp.arange(time)[rows], jnp.arange(known))
     if ranges is not None and segments is not None:
       low, high = (edge[:known] for edge in ranges)
       mine = segments[rows, None]
