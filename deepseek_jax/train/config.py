@@ -62,6 +62,15 @@ class Classifier:
   num_heads: int = 4
   # Size of a head; the LSTM's output shared among the heads when None.
   head_dim: int | None = None
+  # How steps read each other: "dynamic" is for long sequences, where each step
+  # reads its window and the far blocks that hashing finds.
+  attention: Literal["full", "dynamic"] = "full"
+  # Keys in a block; of "dynamic" alone, its own default when None.
+  block_size: int | None = None
+  # Steps of its window, a multiple of the block size; likewise.
+  window: int | None = None
+  # Far blocks that a step chooses; likewise.
+  num_remote: int | None = None
   # How steps become one vector.
   pooling: Literal["last", "mean", "max", "attention"] = "last"
   # Fraction of outputs dropped in training, in [0, 1).
@@ -75,7 +84,8 @@ class Classifier:
     """Returns the model for a data set of images.
 
     Raises:
-      ValueError: If the data set is not images with labels.
+      ValueError: If the data set is not images with labels, a field is out of
+        its range, or full attention does not have it.
     """
     shapes = [s for s in schema.input_shapes.values() if len(s) == 3]
     if len(shapes) != 1 or schema.num_classes is None:
@@ -88,6 +98,17 @@ class Classifier:
       for field in dataclasses.fields(self)
     }
     arguments["dtype"] = jnp.dtype(self.dtype)
+    options = {
+      name: value
+      for name in ("block_size", "window", "num_remote")
+      if (value := arguments.pop(name)) is not None
+    }
+    if options and self.attention != "dynamic":
+      raise ValueError(
+        f"only attention='dynamic' takes {sorted(options)}, got {options} with "
+        f"{self.attention=}."
+      )
+    arguments["attention_options"] = options
     return models.Classifier(
       shapes[0], schema.num_classes, **arguments, rngs=rngs
     )

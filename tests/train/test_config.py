@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 
 import chex
 import jax
@@ -9,7 +10,12 @@ import pytest
 from flax import nnx
 
 import deepseek_jax as dj
+from deepseek_jax import cli
 from deepseek_jax.train import config
+
+DIGITS = pathlib.Path(__file__).parents[2] / "experiments" / "digits.py"
+# Fields of the classifier that full attention does not have.
+DYNAMIC_ONLY = ("block_size", "num_remote", "window")
 
 
 def test_an_experiment_survives_json():
@@ -39,6 +45,10 @@ def test_every_field_of_the_classifier_reaches_the_model():
     bidirectional=True,
     num_heads=2,
     head_dim=3,
+    attention="dynamic",
+    block_size=32,
+    window=128,
+    num_remote=2,
     pooling="attention",
     dropout=0.3,
     activation="gelu",
@@ -52,12 +62,84 @@ def test_every_field_of_the_classifier_reaches_the_model():
     graphdef, state = nnx.split(model)
     return str(graphdef), str(state)
 
-  want = structure(default)
+  dynamic = dataclasses.replace(default, attention="dynamic")
+  full, sparse = structure(default), structure(dynamic)
   for field in dataclasses.fields(default):
     value = getattr(other, field.name)
     assert value != getattr(default, field.name), field.name
-    changed = dataclasses.replace(default, **{field.name: value})
+    base, want = default, full
+    if field.name in DYNAMIC_ONLY:
+      base, want = dynamic, sparse
+    changed = dataclasses.replace(base, **{field.name: value})
     assert structure(changed) != want, field.name
+
+
+def test_dynamic_attention_trains_by_flags_that_the_run_remembers(
+  tmp_path, data_dir, capsys
+):
+  workdir = tmp_path / "run"
+  fields = {
+    "model.attention": "dynamic",
+    # 64 pixels are 64 steps: 16 blocks, of which a step reads at most 5.
+    "model.block-size": 4,
+    "model.window": 8,
+    "model.num-remote": 2,
+    "model.channels": 4,
+    "model.pool": 1,
+    "model.lstm-features": 8,
+    "model.num-heads": 2,
+    "optimizer.name": "adamw",
+    "train.epochs": None,
+    "train.steps": 3,
+    "workdir": workdir,
+  }
+  flags = [word for k, v in fields.items() for word in (f"--{k}", str(v))]
+  flags += ["--train.no-progress", "--train.no-tensorboard"]
+  assert cli.main(["train", str(DIGITS), *flags]) == cli.OK
+  assert "test/accuracy" in capsys.readouterr().out
+  asked = json.loads((workdir / "run.json").read_text())["config"]
+  experiment = config.from_json(dj.train.Experiment, {"model": asked["model"]})
+  assert experiment.model.attention == "dynamic"
+  schema = dj.data.load("digits").schema
+  attention = experiment.build_model(schema).features.attention.attention
+  assert isinstance(attention, dj.nn.DynamicAttention)
+  sizes = attention.block_size, attention.window, attention.num_remote
+  assert sizes == (4, 8, 2)
+
+
+@pytest.mark.parametrize("field", DYNAMIC_ONLY)
+def test_full_attention_refuses_what_only_dynamic_has(field):
+  schema = dj.data.load("digits").schema
+  classifier = dj.train.Classifier(**{field: 64})
+  with pytest.raises(
+    ValueError, match=f"only attention='dynamic' takes.*{field}.*'full'"
+  ):
+    classifier.build(schema, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"block_size": 0}, "block_size must be .* at least 1, got block_size=0"),
+    ({"block_size": 4, "window": 10}, "window must be a multiple of block_si"),
+    ({"num_remote": -1}, "num_remote must be .* of at least 0"),
+  ],
+)
+def test_dynamic_attention_refuses_sizes_that_do_not_fit(fields, message):
+  schema = dj.data.load("digits").schema
+  classifier = dj.train.Classifier(**{"attention": "dynamic"} | fields)
+  with pytest.raises(ValueError, match=message):
+    classifier.build(schema, nnx.Rngs(0))
+
+
+def test_a_flag_of_dynamic_attention_alone_is_one_clear_line(tmp_path, capsys):
+  workdir = tmp_path / "run"
+  words = ["--model.window", "128", "--workdir", str(workdir)]
+  assert cli.main(["train", str(DIGITS), *words]) == cli.BAD_INPUT
+  errors = capsys.readouterr().err
+  assert "only attention='dynamic' takes ['window']" in errors
+  assert errors.count("\n") == 1
+  assert not workdir.exists()
 
 
 @pytest.mark.parametrize("name", ["deepseek", "adamw"])
