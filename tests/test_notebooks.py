@@ -13,7 +13,10 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted(pathlib.Path(__file__).parents[1].glob("colab/*.ipynb"))
-TINY = {"epochs": 1, "steps": 4, "seeds": 1}
+TINY = {"epochs": 1, "steps": 4, "seeds": 1, "lengths": (128, 256)}
+# Kept as executed, for those who read before they run.
+WITH_OUTPUTS = {"03_long_context"}
+MOST_BYTES = 400_000
 
 
 def tags(cell) -> list[str]:
@@ -45,10 +48,35 @@ def notebook(request):
   return nbformat.read(request.param, as_version=4)
 
 
+@pytest.mark.parametrize(
+  "notebook",
+  [path for path in NOTEBOOKS if path.stem not in WITH_OUTPUTS],
+  ids=lambda path: path.stem,
+  indirect=True,
+)
 def test_notebook_stores_no_output(notebook):
   cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
   assert cells
   assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+@pytest.mark.parametrize("name", sorted(WITH_OUTPUTS))
+def test_stored_outputs_are_those_of_one_clean_run(name):
+  path = next(path for path in NOTEBOOKS if path.stem == name)
+  assert path.stat().st_size < MOST_BYTES
+  notebook = nbformat.read(path, as_version=4)
+  cells = [
+    cell
+    for cell in notebook.cells
+    if cell.cell_type == "code" and "skip-execution" not in tags(cell)
+  ]
+  counts = [cell.execution_count for cell in cells]
+  assert counts == list(range(1, len(cells) + 1))
+  outputs = [output for cell in cells for output in cell.outputs]
+  assert any("image/png" in output.get("data", {}) for output in outputs)
+  for output in outputs:
+    assert output.output_type != "error"
+    assert output.get("name") != "stderr", output.text
 
 
 def test_only_the_first_code_cell_is_left_out(notebook):
