@@ -12,6 +12,7 @@ from deepseek_jax.kernels.block_sparse_attention.checks import (
   check_heads,
   check_rows,
 )
+from deepseek_jax.kernels.block_sparse_attention.problem import by_token
 from deepseek_jax.nn import checks
 from deepseek_jax.nn.long_selection import region_blocks, select_long
 from deepseek_jax.nn.lsh import hash_projections, summarize_blocks
@@ -176,25 +177,25 @@ def choose_blocks(
     segments = jnp.where(valid, pad(segment_ids), -1)
     valid = segments >= 0
   groups = pad(q).reshape(batch, time + more, kv_heads, -1, size)
+  q, k = jax.lax.stop_gradient((groups, pad(k)))
 
-  def choose(args):
-    q, k, valid, segments = args
-    summary = summarize_blocks(k, projections, block_size, valid)
-    rest = (q, summary, projections, candidates, num_remote)
+  def choose(number):
+    sequence, head = number // kv_heads, number % kv_heads
+    of_head = lambda x: jax.lax.dynamic_index_in_dim(
+      x[sequence], head, 1, False
+    )
+    summary = summarize_blocks(
+      of_head(k), projections, block_size, valid[sequence]
+    )
+    rest = (of_head(q), summary, projections, candidates, num_remote)
+    mine = None if segments is None else segments[sequence]
     if region:
-      mine = jnp.where(valid, 0, -1) if segments is None else segments
-      return select_long(k, *rest, size=region, segments=mine)
-    return select_blocks(*rest, segments)
+      mine = jnp.where(valid[sequence], 0, -1) if mine is None else mine
+      return select_long(of_head(k), *rest, size=region, segments=mine)
+    return select_blocks(*rest, mine)
 
-  def by_head(x):
-    rest = x.shape[1], *x.shape[3:]
-    return jnp.moveaxis(x, 2, 1).reshape(batch * kv_heads, *rest)
-
-  repeat = lambda x: None if x is None else jnp.repeat(x, kv_heads, axis=0)
-  heads = jax.lax.stop_gradient((by_head(groups), by_head(pad(k))))
-  ids = over_heads(choose, (*heads, repeat(valid), repeat(segments)))
-  ids = ids.reshape(batch, kv_heads, *ids.shape[1:])
-  return jnp.moveaxis(ids, 1, 2)[:, :time]
+  ids = over_heads(choose, jnp.arange(batch * kv_heads))
+  return by_token(ids, kv_heads)[:, :time]
 
 
 def check_choice(

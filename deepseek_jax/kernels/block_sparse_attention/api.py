@@ -19,8 +19,8 @@ from deepseek_jax.kernels.block_sparse_attention.implementations import (
   run,
 )
 from deepseek_jax.kernels.block_sparse_attention.problem import (
-  Heads,
   Layout,
+  Tokens,
   usable_ids,
 )
 
@@ -132,8 +132,8 @@ def why_not(
   True
   """
   layout = make_layout(block_size, window, is_causal, 1.0)
-  attend_ = lambda q, k: _heads(q, k, k, layout, None, None, None, None)[0]
-  return reasons(layout, jax.eval_shape(attend_, q, k))
+  tokens = lambda q, k: _tokens(q, k, k, layout, None, None, None, None)
+  return reasons(layout, jax.eval_shape(tokens, q, k))
 
 
 def make_layout(
@@ -172,57 +172,46 @@ def attend(
   check_rows("offset", offset, rows, jnp.floating)
   if offset is not None and span is None:
     raise ValueError("offset needs span: it moves a window that fades.")
-  heads, more = _heads(q, k, v, layout, segment_ids, span, offset, scale)
-  ids = _by_head(_pad_time(ids, more, -1))
-  name = choose(layout, heads, implementation)
-  out = run(name, layout, heads, ids)
-  batch, time = q.shape[:2]
-  out = out.reshape(batch, k.shape[2], time + more, *out.shape[2:])
-  return jnp.moveaxis(out, 1, 2).reshape(batch, time + more, *q.shape[2:])[
-    :, :time
-  ]
+  tokens = _tokens(q, k, v, layout, segment_ids, span, offset, scale)
+  time = q.shape[1]
+  ids = _pad_time(ids, tokens.k.shape[1] - time, -1)
+  name = choose(layout, tokens, implementation)
+  out = run(name, layout, tokens, ids)
+  return out.reshape(out.shape[0], -1, *q.shape[2:])[:, :time]
 
 
-def _heads(
+def _tokens(
   q, k, v, layout: Layout, segment_ids, span, offset, scale
-) -> tuple[Heads, int]:
-  """Returns the heads, and the tokens that were added to them."""
+) -> Tokens:
+  """Returns tokens, so many that they are whole blocks and equal steps."""
   time, kv_heads = q.shape[1], k.shape[2]
   scale = q.shape[3] ** -0.5 if scale is None else scale
   more = xla.padded_blocks(-(-time // layout.block)) * layout.block - time
   if more and segment_ids is None and not layout.is_causal:
     segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
   pad = lambda x, fill=0: _pad_time(x, more, fill)
-  heads = Heads(
-    q=_by_kv_head(pad(q * scale), kv_heads),
-    k=_by_head(pad(k)),
-    v=_by_head(pad(v)),
-    span=_by_kv_head(pad(span), kv_heads),
-    offset=_by_kv_head(pad(offset), kv_heads),
-    segments=_repeated(pad(segment_ids, -1), kv_heads),
+  if segment_ids is not None:
+    shape = (*q.shape[:2], kv_heads)
+    segment_ids = jnp.broadcast_to(segment_ids[..., None], shape)
+  return Tokens(
+    q=_grouped(pad(q * scale), kv_heads),
+    k=pad(k),
+    v=pad(v),
+    span=_grouped(pad(span), kv_heads),
+    offset=_grouped(pad(offset), kv_heads),
+    segments=pad(segment_ids, -1),
   )
-  return heads, more
 
 
 def _pad_time(x: Array | None, more: int, fill: int) -> Any:
-  if x is None:
-    return None
+  if x is None or not more:
+    return x
   widths = ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2)
   return jnp.pad(x, widths, constant_values=fill)
 
 
-def _by_head(x: Array) -> Array:
-  """[B, T, K, ...] to [B·K, T, ...]."""
-  batch, time, heads = x.shape[:3]
-  return jnp.moveaxis(x, 2, 1).reshape(batch * heads, time, *x.shape[3:])
-
-
-def _by_kv_head(x: Array | None, kv_heads: int) -> Any:
-  """[B, T, N, ...] to [B·K, T, G, ...]."""
+def _grouped(x: Array | None, kv_heads: int) -> Any:
+  """[B, T, N, ...] to [B, T, K, G, ...]."""
   if x is None:
     return None
-  return _by_head(x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:]))
-
-
-def _repeated(segments: Array | None, kv_heads: int) -> Any:
-  return None if segments is None else jnp.repeat(segments, kv_heads, axis=0)
+  return x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])

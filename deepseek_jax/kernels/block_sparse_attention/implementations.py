@@ -6,20 +6,25 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.kernels.block_sparse_attention.problem import Heads, Layout
+from deepseek_jax.kernels.block_sparse_attention.problem import (
+  Layout,
+  Tokens,
+  by_head,
+  by_token,
+)
 
 Implementation = Literal["xla", "tpu", "gpu"]
 IMPLEMENTATIONS = ("tpu", "gpu", "xla")  # The fastest first.
 _HOPPER = "9.0"
 
 
-def reasons(layout: Layout, heads: Heads) -> dict[str, str | None]:
+def reasons(layout: Layout, tokens: Tokens) -> dict[str, str | None]:
   """Returns for every implementation why it cannot run here; None if it can."""
-  return {name: _reason(name, layout, heads) for name in IMPLEMENTATIONS}
+  return {name: _reason(name, layout, tokens) for name in IMPLEMENTATIONS}
 
 
 def choose(
-  layout: Layout, heads: Heads, implementation: Implementation | None
+  layout: Layout, tokens: Tokens, implementation: Implementation | None
 ) -> Implementation:
   """Returns the implementation to use.
 
@@ -28,14 +33,14 @@ def choose(
     NotImplementedError: the one asked for cannot run here.
   """
   if implementation is None:
-    found = reasons(layout, heads)
+    found = reasons(layout, tokens)
     return next(name for name in IMPLEMENTATIONS if found[name] is None)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation must be one of {IMPLEMENTATIONS} or None, got "
       f"{implementation=}."
     )
-  if reason := _reason(implementation, layout, heads):
+  if reason := _reason(implementation, layout, tokens):
     raise NotImplementedError(
       f"{implementation=} cannot run: {reason}. Use implementation='xla', or "
       "None for the fastest that can."
@@ -46,12 +51,17 @@ def choose(
 def run(
   implementation: Implementation,
   layout: Layout,
-  heads: Heads,
-  ids: Int[Array, "P T R"],
-) -> Float[Array, "P T G H"]:
+  tokens: Tokens,
+  ids: Int[Array, "B T K R"],
+) -> Float[Array, "B T K G H"]:
   """Returns the outputs of an implementation."""
   module = _module(implementation)
-  return module.attend(layout, module.tuning(layout, heads), heads, ids)[0]
+  if implementation == "xla":
+    return module.attend(layout, module.tuning(layout, tokens), tokens, ids)[0]
+  heads = tokens.heads()
+  tuning = module.tuning(layout, heads)
+  out = module.attend(layout, tuning, heads, by_head(ids))[0]
+  return by_token(out, ids.shape[2])
 
 
 def _module(name: str) -> Any:
@@ -59,7 +69,7 @@ def _module(name: str) -> Any:
   return importlib.import_module(f"{__package__}.{name}")
 
 
-def _reason(name: str, layout: Layout, heads: Heads) -> str | None:
+def _reason(name: str, layout: Layout, tokens: Tokens) -> str | None:
   if name == "xla":
     return None
   backend = jax.default_backend()
@@ -74,4 +84,5 @@ def _reason(name: str, layout: Layout, heads: Heads) -> str | None:
         f"{device.device_kind} has {capability}"
       )
   module = _module(name)
+  heads = jax.eval_shape(Tokens.heads, tokens)
   return module.why_not(layout, module.tuning(layout, heads), heads)

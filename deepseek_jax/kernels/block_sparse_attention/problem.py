@@ -1,4 +1,4 @@
-"""A problem in the form that all implementations share: heads, blocks, ids."""
+"""A problem in the forms that implementations share: heads, blocks, ids."""
 
 import dataclasses
 from typing import NamedTuple
@@ -47,6 +47,33 @@ class Heads(NamedTuple):
   span: Float[Array, "*P T G"] | None
   offset: Float[Array, "*P T G"] | None
   segments: Int[Array, "*P T"] | None
+
+
+class Tokens(NamedTuple):
+  """The same as `Heads`, token by token, as users have it."""
+
+  q: Float[Array, "B T K G H"]
+  k: Float[Array, "B T K H"]
+  v: Float[Array, "B T K H"]
+  span: Float[Array, "B T K G"] | None
+  offset: Float[Array, "B T K G"] | None
+  segments: Int[Array, "B T K"] | None
+
+  def heads(self) -> Heads:
+    """Returns it head by head."""
+    return Heads(*(None if x is None else by_head(x) for x in self))
+
+
+def by_head(x: Array) -> Array:
+  """[B, T, K, ...] to [B·K, T, ...]."""
+  batch, time, heads = x.shape[:3]
+  return jnp.moveaxis(x, 2, 1).reshape(batch * heads, time, *x.shape[3:])
+
+
+def by_token(x: Array, heads: int) -> Array:
+  """[B·K, T, ...] to [B, T, K, ...]."""
+  x = x.reshape(-1, heads, *x.shape[1:])
+  return jnp.moveaxis(x, 1, 2)
 
 
 def usable_ids(

@@ -1,33 +1,33 @@
 """Block-sparse attention in plain JAX, forward and backward.
 
-One head after the other, so that intermediate arrays stay small and close:
-first the tiles of `dispatch`, whose queries share a block of keys, then the
-windows, which also fetch what their tokens got from the tiles. The backward
-pass recomputes the weights from the log-sum-exp. It scatters nothing: the
-gradient of a query is fetched from the tiles, and as the tiles of a block
-follow each other, those of keys and values add up where they lie.
+One head after the other, so that what stands between stays in cache: first the
+tiles of `dispatch`, whose queries share a block of keys, then the windows,
+which also fetch what their tokens got from the tiles. Heads are read and
+written where they lie between the others. The backward pass recomputes the
+weights from the log-sum-exp. It scatters nothing: the gradient of a query is
+fetched from the tiles, and as the tiles of a block follow each other, those of
+keys and values add up where they lie.
 
-Shape letters: P heads (batch · key-value heads), T tokens, G query heads that
-share keys, H head size, M tiles of L tokens, C tiles or query blocks in a step
-of a loop, J keys in a block, W keys in a window, R chosen blocks.
+Shape letters: B sequences of T tokens, K heads of keys, G heads of queries that
+share them, H head size; M tiles of L tokens, R chosen blocks of J keys, W keys
+in a window, C tiles or query blocks that are handled together.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.kernels.block_sparse_attention.dispatch import (
-  NOWHERE,
-  Dispatch,
-  make_dispatch,
+from deepseek_jax.kernels.block_sparse_attention.problem import Layout, Tokens
+from deepseek_jax.kernels.block_sparse_attention.xla_parts import (
+  Above,
+  Head,
+  Partial,
+  Tuning,
 )
-from deepseek_jax.kernels.block_sparse_attention.problem import Heads, Layout
-from deepseek_jax.kernels.block_sparse_attention.xla_parts import Above, Tuning
 from deepseek_jax.kernels.block_sparse_attention.xla_tiles import (
+  make_plan,
   tiles_backward,
   tiles_forward,
 )
@@ -36,7 +36,9 @@ from deepseek_jax.kernels.block_sparse_attention.xla_windows import (
   windows_forward,
 )
 
-_BLOCKS = 16  # Query blocks in a step: a few megabytes of logits.
+_BLOCKS = 32  # Query blocks in a step: a few megabytes of logits.
+_TILES = 32
+_PARTS = 2  # The CPU runtime gives products to cores, but does not cut them.
 
 
 def padded_blocks(blocks: int) -> int:
@@ -45,82 +47,87 @@ def padded_blocks(blocks: int) -> int:
   return steps * -(-blocks // steps)
 
 
-def tuning(layout: Layout, heads: Heads) -> Tuning:
+def tuning(layout: Layout, tokens: Tokens) -> Tuning:
   """Returns how much to do at a time on this kind of device."""
-  _, time, group, _ = heads.q.shape
+  _, time, _, group, _ = tokens.q.shape
   blocks = time // layout.block
   per_step = blocks // -(-blocks // _BLOCKS)
   rows = max(1, layout.block // group)
-  together = jax.default_backend() != "cpu"
-  return Tuning(rows=rows, tiles=32, blocks=per_step, together=together)
+  on_cpu = jax.default_backend() == "cpu"
+  return Tuning(rows, _TILES, per_step, _PARTS if on_cpu else 1, not on_cpu)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(
-  layout: Layout, tuning: Tuning, heads: Heads, ids: Int[Array, "P T R"]
-) -> tuple[Float[Array, "P T G H"], Float[Array, "P T G"]]:
+  layout: Layout, tuning: Tuning, tokens: Tokens, ids: Int[Array, "B T K R"]
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
   """Returns attention and its log-sum-exp.
 
   T is a multiple of the block. The `ids` of a token are distinct blocks that
   its window does not hold, nor the future; -1 stands for none.
   """
-  out, lse, _ = _forward_all(layout, tuning, heads, ids)
-  return out, lse
+  if not tuning.together:
+    return _attend(layout, tuning, tokens, ids)
+
+  def one(tree):
+    tokens, ids = jax.tree.map(lambda x: x[None, :, None], tree)
+    found = _attend(layout, tuning, tokens, ids)
+    return jax.tree.map(lambda x: x[0, :, 0], found)
+
+  return jax.vmap(jax.vmap(one, 1, 1))((tokens, ids))
 
 
-def _forward_all(layout, tuning, heads, ids):
-  one = lambda pair: _forward(layout, tuning, *pair)
-  return _over_heads(tuning, one, (heads, ids))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(layout, tuning, tokens, ids):
+  return _forward(layout, tuning, tokens, ids)[0]
 
 
-def _attend_fwd(layout, tuning, heads, ids):
-  out, lse, plan = _forward_all(layout, tuning, heads, ids)
-  return (out, lse), (heads, plan, out, lse)
+def _forward(layout: Layout, tuning: Tuning, tokens: Tokens, ids: Array):
+  q = tokens.q
+  plan = make_plan(tuning, ids, tokens.k.shape[1] // layout.block)
+  remote = Partial.room(q, (plan.num_rows, *q.shape[3:]))
+
+  def turn(number, carry):
+    head, (remote, out) = Head.of(number, q), carry
+    remote = tiles_forward(layout, tuning, tokens, plan, head, remote)
+    out = windows_forward(layout, tuning, tokens, plan, head, remote, out)
+    return remote, out
+
+  carry = (remote, Partial.room(q, q.shape, q.dtype))
+  _, out = jax.lax.fori_loop(0, Head.count(q), turn, carry)
+  return tuple(out), plan
+
+
+def _attend_fwd(layout, tuning, tokens, ids):
+  (out, lse), plan = _forward(layout, tuning, tokens, ids)
+  return (out, lse), (tokens, plan, out, lse)
 
 
 def _attend_bwd(layout, tuning, residuals, cotangents):
-  heads, plan, out, lse = residuals
+  tokens, plan, out, lse = residuals
   d_out, d_lse = cotangents
-  # With weights p and their gradient dp, logits get p·(dp - delta).
-  delta = jnp.sum(d_out.astype(jnp.float32) * out, -1) - d_lse
+  # With weights p and their gradient dp, logits get p·(dp - delta). As a
+  # product, since sums over an axis of so many dimensions are slow on CPU.
+  ones = jnp.ones(out.shape[-1:], jnp.float32)
+  delta = (d_out.astype(jnp.float32) * out) @ ones - d_lse
   lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # Saw nothing: p is 0.
   above = Above(d_out, lse, delta)
-  one = lambda args: _backward(layout, tuning, *args)
-  return _over_heads(tuning, one, (heads, plan, above)), None
+  q = tokens.q
+  d_remote = Partial.room(q, (plan.num_rows, *q.shape[3:])).out
+
+  def turn(number, carry):
+    head, (d_remote, grads) = Head.of(number, q), carry
+    d_remote, grads = tiles_backward(
+      layout, tuning, tokens, plan, above, head, d_remote, grads
+    )
+    grads = windows_backward(
+      layout, tuning, tokens, plan, above, head, d_remote, grads
+    )
+    return d_remote, grads
+
+  moved = tokens._replace(segments=None)
+  grads = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), moved)
+  _, grads = jax.lax.fori_loop(0, Head.count(q), turn, (d_remote, grads))
+  return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, moved), None
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _forward(
-  layout: Layout, tuning: Tuning, head: Heads, ids: Int[Array, "T R"]
-):
-  if ids.shape[1]:
-    plan = make_dispatch(ids, head.k.shape[0] // layout.block, tuning.rows)
-  else:
-    plan = _no_tiles(ids.shape[0], tuning.rows)
-  remote = tiles_forward(layout, tuning, head, plan)
-  out, lse = windows_forward(layout, tuning, head, plan.place, remote)
-  return out.astype(head.q.dtype), lse, plan
-
-
-def _over_heads(tuning: Tuning, one: Callable[[Any], Any], tree: Any) -> Any:
-  return jax.vmap(one)(tree) if tuning.together else jax.lax.map(one, tree)
-
-
-def _no_tiles(time: int, rows: int) -> Dispatch:
-  none = jnp.zeros(0, jnp.int32)
-  place = jnp.full((time, 1), NOWHERE)
-  return Dispatch(none, none.reshape(0, rows), place)
-
-
-def _backward(
-  layout: Layout, tuning: Tuning, head: Heads, plan: Dispatch, above: Above
-) -> Heads:
-  d_remote, d_k, d_v = tiles_backward(layout, tuning, head, plan, above)
-  d_head = windows_backward(layout, tuning, head, plan.place, above, d_remote)
-  d_k, d_v = d_head.k + d_k, d_head.v + d_v
-  cast = lambda grad, of: grad.astype(of.dtype)
-  return d_head._replace(
-    q=cast(d_head.q, head.q), k=cast(d_k, head.k), v=cast(d_v, head.v)
-  )
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,118 +1,183 @@
 """The chosen blocks: tiles of queries that share a block of keys."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from deepseek_jax.kernels.block_sparse_attention.dispatch import Dispatch
-from deepseek_jax.kernels.block_sparse_attention.problem import Heads, Layout
+from deepseek_jax.kernels.block_sparse_attention.dispatch import (
+  NOWHERE,
+  make_dispatch,
+)
+from deepseek_jax.kernels.block_sparse_attention.problem import Layout, Tokens
 from deepseek_jax.kernels.block_sparse_attention.xla_parts import (
   Above,
+  Head,
   Partial,
   Tuning,
   dot,
   finite,
-  in_blocks,
   nonzero,
-  rows,
 )
 
 _NOBODY = -2  # The segment of a row without a token; padding has -1.
 
 
+class Plan(NamedTuple):
+  """The tiles of all heads, in steps."""
+
+  block: Int[Array, "B K steps C"]
+  token: Int[Array, "B K steps C L"]
+  place: Int[Array, "B T K R"]
+
+  @property
+  def num_rows(self) -> int:
+    """Rows of the tiles of a head; one that nobody fetches if there is none."""
+    steps, tiles, length = self.token.shape[2:]
+    return max(1, steps * tiles * length)
+
+
+def make_plan(
+  tuning: Tuning, ids: Int[Array, "B T K R"], num_blocks: int
+) -> Plan:
+  """Returns the tiles that bring tokens to the blocks they named."""
+  batch, time, heads, choices = ids.shape
+  if not choices:
+    none = jnp.zeros((batch, heads, 0, 1), jnp.int32)
+    token = jnp.zeros((*none.shape, tuning.rows), jnp.int32)
+    return Plan(none, token, jnp.full((batch, time, heads, 1), NOWHERE))
+  make = lambda ids: make_dispatch(ids, num_blocks, tuning.rows)
+  plan = jax.vmap(jax.vmap(make, 1))(ids)
+  tiles = plan.block.shape[2]
+  steps = -(-tiles // tuning.tiles)
+  more = ((0, 0), (0, 0), (0, -tiles % steps))  # Tiles that have no tokens.
+  block = jnp.pad(plan.block, more, mode="edge")
+  token = jnp.pad(plan.token, (*more, (0, 0)), constant_values=time)
+  shape = (batch, heads, steps, -1)
+  token = token.reshape(*shape[:3], block.shape[2] // steps, tuning.rows)
+  return Plan(block.reshape(shape), token, jnp.moveaxis(plan.place, 1, 2))
+
+
 def tiles_forward(
-  layout: Layout, tuning: Tuning, head: Heads, plan: Dispatch
+  layout: Layout,
+  tuning: Tuning,
+  tokens: Tokens,
+  plan: Plan,
+  head: Head,
+  remote: Partial,
 ) -> Partial:
-  """Returns attention of every row of every tile to the block of its tile."""
-  group, size = head.q.shape[1:]
-  if not plan.block.size:  # No choices: one row that nobody fetches.
-    return Partial(jnp.zeros((1, group, size)), jnp.zeros((1, group)))
+  """Writes attention of every row of a head to the block of its tile."""
 
-  def step(_, tiles):
-    logits, v = _tile_logits(layout, head, tiles)
-    top = finite(logits.max(-1, keepdims=True))
-    p = jnp.exp(logits - top)
-    total = p.sum(-1, keepdims=True)
-    out = dot("crj,cjh->crh", p, v) / nonzero(total)
-    return None, (out, top + jnp.log(total))
+  def step(number, remote):
+    for start, tiles in _parts(tuning, plan, head, number):
+      logits, _, v = _look(layout, tokens, head, tiles)
+      top = finite(logits.max(-1, keepdims=True))
+      p = jnp.exp(logits - top)
+      total = p.sum(-1, keepdims=True)
+      out = dot("crj,cjh->crh", p, v) / nonzero(total)
+      lse = top + jnp.log(total)
+      remote = Partial(
+        _put(remote.out, start, out), _put(remote.lse, start, lse)
+      )
+    return remote
 
-  _, (out, lse) = jax.lax.scan(step, None, _tile_steps(tuning, head, plan))
-  return Partial(out.reshape(-1, group, size), lse.reshape(-1, group))
+  return _over_tiles(plan, step, remote)
 
 
 def tiles_backward(
-  layout: Layout, tuning: Tuning, head: Heads, plan: Dispatch, above: Above
-):
-  """Returns gradients: of the queries in tiles, of all keys and values."""
-  group, size = head.q.shape[1:]
-  if not plan.block.size:
-    d_kv = jnp.zeros_like(head.k, jnp.float32)
-    return jnp.zeros((1, group, size)), d_kv, d_kv
-  steps = _tile_steps(tuning, head, plan)
-  per_step = steps[0].shape[1]
-  blocks = head.k.shape[0] // layout.block + per_step
-  # Made of the keys, so that `shard_map` sees that it varies as they do.
-  empty = jnp.zeros_like(
-    head.k, jnp.float32, shape=(blocks, layout.block, 2 * size)
-  )
+  layout: Layout,
+  tuning: Tuning,
+  tokens: Tokens,
+  plan: Plan,
+  above: Above,
+  head: Head,
+  d_remote: Array,
+  grads: Tokens,
+) -> tuple[Array, Tokens]:
+  """Writes gradients of the queries in tiles, adds those of keys and values."""
 
-  def step(d_kv, tiles):
-    block, token = tiles
-    logits, v = _tile_logits(layout, head, tiles)
-    q, d_out = rows(head.q, token), rows(above.d_out, token)
-    lse = rows(above.lse, token, jnp.inf)
-    p = jnp.exp(logits - lse[..., None])
-    d_p = dot("crh,cjh->crj", d_out, v)
-    d_logits = p * (d_p - rows(above.delta, token)[..., None])
-    k = in_blocks(head.k, layout.block)[block]
-    d_q = dot("crj,cjh->crh", d_logits, k)
-    d_k = dot("crj,crh->cjh", d_logits, q)
-    d_v = dot("crj,crh->cjh", p, d_out)
-    return _add_runs(d_kv, jnp.concatenate([d_k, d_v], -1), block), d_q
+  def step(number, carry):
+    d_remote, grads = carry
+    runs = _Runs.of(plan, head, number, tokens.k.shape[1] // layout.block)
+    sums = (0.0, 0.0)
+    for start, tiles in _parts(tuning, plan, head, number):
+      block, token = tiles
+      logits, k, v = _look(layout, tokens, head, tiles)
+      q, d_out = head.rows(tokens.q, token), head.rows(above.d_out, token)
+      lse = head.rows(above.lse, token, jnp.inf)
+      p = jnp.exp(logits - lse[..., None])
+      d_p = dot("crh,cjh->crj", d_out, v)
+      d_logits = p * (d_p - head.rows(above.delta, token)[..., None])
+      d_remote = _put(d_remote, start, dot("crj,cjh->crh", d_logits, k))
+      d_k = dot("crj,crh->cjh", d_logits, q)
+      d_v = dot("crj,crh->cjh", p, d_out)
+      part = runs.sums(block, d_k), runs.sums(block, d_v)
+      sums = jax.tree.map(jnp.add, sums, part)
+    d_k, d_v = (
+      runs.add(head, *x) for x in zip((grads.k, grads.v), sums, strict=True)
+    )
+    return d_remote, grads._replace(k=d_k, v=d_v)
 
-  d_kv, d_q = jax.lax.scan(step, empty, steps)
-  d_kv = d_kv[:-per_step].reshape(-1, 2 * size)
-  return d_q.reshape(-1, group, size), d_kv[:, :size], d_kv[:, size:]
-
-
-def _tile_steps(tuning: Tuning, head: Heads, plan: Dispatch):
-  """Cuts the plan into equal steps; what is left over has no tokens."""
-  tiles, rows = plan.token.shape
-  steps = -(-tiles // tuning.tiles)
-  per_step = -(-tiles // steps)
-  more = steps * per_step - tiles
-  block = jnp.pad(plan.block, (0, more), mode="edge")
-  none = head.q.shape[0]
-  token = jnp.pad(plan.token, ((0, more), (0, 0)), constant_values=none)
-  return block.reshape(steps, per_step), token.reshape(steps, per_step, rows)
+  return _over_tiles(plan, step, (d_remote, grads))
 
 
-def _tile_logits(layout: Layout, head: Heads, tiles):
+def _over_tiles(plan: Plan, step, carry):
+  """Runs over the steps of the tiles of a head; there may be none."""
+  steps = plan.block.shape[2]
+  return jax.lax.fori_loop(0, steps, step, carry) if steps else carry
+
+
+def _parts(tuning: Tuning, plan: Plan, head: Head, number: Array):
+  """Yields the parts of a step: their first row, their tiles."""
+  at = (head.sequence, head.number, number)
+  block, token = plan.block[at], plan.token[at]
+  tiles, length = token.shape
+  for first, count in tuning.cut(tiles):
+    part = slice(first, first + count)
+    yield (number * tiles + first) * length, (block[part], token[part])
+
+
+def _put(into: Array, start: Array, rows: Array) -> Array:
+  rows = rows.reshape(-1, *into.shape[1:])
+  return jax.lax.dynamic_update_slice_in_dim(into, rows, start, 0)
+
+
+def _look(layout: Layout, tokens: Tokens, head: Head, tiles):
+  """Returns the logits [C, L·G, J] of tiles, their keys and values."""
   block, token = tiles
-  k, v = (
-    in_blocks(head.k, layout.block)[block],
-    in_blocks(head.v, layout.block)[block],
-  )
-  logits = dot("crh,cjh->crj", rows(head.q, token), k)
-  if head.segments is not None:
-    of_query = head.segments.at[token].get(mode="fill", fill_value=_NOBODY)
-    of_query = jnp.repeat(of_query, head.q.shape[1], axis=1)
-    of_key = in_blocks(head.segments, layout.block)[block]
+  k = head.blocks(tokens.k, block, layout.block)
+  v = head.blocks(tokens.v, block, layout.block)
+  logits = dot("crh,cjh->crj", head.rows(tokens.q, token), k)
+  if tokens.segments is not None:
+    of_query = head.rows(tokens.segments, token, _NOBODY)
+    of_query = jnp.repeat(of_query, tokens.q.shape[3], axis=1)
+    of_key = head.blocks(tokens.segments, block, layout.block)
     seen = of_query[:, :, None] == of_key[:, None, :]
     seen &= of_key[:, None, :] >= 0
     logits = jnp.where(seen, logits, -jnp.inf)
-  return logits, v
+  return logits, k, v
 
 
-def _add_runs(
-  total: Float[Array, "B J D"], parts: Float[Array, "C J D"], block: Array
-):
-  """Adds parts to the blocks they belong to, by a product with zeros and ones.
+class _Runs(NamedTuple):
+  """The blocks of the tiles of a step: their numbers rise by 0 or 1."""
 
-  Their blocks rise by 0 or 1, so that they are neighbours in `total`.
-  """
-  count = parts.shape[0]
-  slot = (block - block[0])[None] == jnp.arange(count)[:, None]
-  sums = dot("sc,cjd->sjd", slot.astype(parts.dtype), parts)
-  before = jax.lax.dynamic_slice_in_dim(total, block[0], count)
-  return jax.lax.dynamic_update_slice_in_dim(total, before + sums, block[0], 0)
+  first: Int[Array, ""]
+  count: int
+
+  @classmethod
+  def of(cls, plan: Plan, head: Head, number: Array, num_blocks: int):
+    count = min(plan.block.shape[3], num_blocks)
+    first = plan.block[head.sequence, head.number, number, 0]
+    return cls(jnp.minimum(first, num_blocks - count), count)
+
+  def sums(self, block: Int[Array, " C"], parts: Float[Array, "C J H"]):
+    """Adds up what belongs to a block, by a product with zeros and ones."""
+    slot = (block - self.first)[None] == jnp.arange(self.count)[:, None]
+    return dot("sc,cjh->sjh", slot.astype(parts.dtype), parts)
+
+  def add(self, head: Head, total: Array, sums: Float[Array, "S J H"]):
+    """Adds the sums to those of all keys."""
+    start = self.first * sums.shape[1]
+    sums = sums.reshape(-1, sums.shape[-1])
+    return head.put(total, start, head.cut(total, start, len(sums)) + sums)

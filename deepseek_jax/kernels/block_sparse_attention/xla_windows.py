@@ -1,204 +1,267 @@
 """The windows: every query block with the blocks around it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from deepseek_jax.kernels.block_sparse_attention.problem import Heads, Layout
+from deepseek_jax.kernels.block_sparse_attention.problem import Layout, Tokens
 from deepseek_jax.kernels.block_sparse_attention.window import window_weight
 from deepseek_jax.kernels.block_sparse_attention.xla_parts import (
   Above,
+  Head,
   Partial,
   Tuning,
   dot,
   fetch,
   finite,
-  in_blocks,
   nonzero,
 )
+from deepseek_jax.kernels.block_sparse_attention.xla_tiles import Plan
 
 _NOWHERE = -2  # The segment of what lies beside a sequence; padding has -1.
 
 
 def windows_forward(
-  layout: Layout, tuning: Tuning, head: Heads, place, remote: Partial
-):
-  """Returns attention and log-sum-exp over windows and tiles."""
-  time, group, size = head.q.shape
-  band = _Band.of(layout, tuning, head)
+  layout: Layout,
+  tuning: Tuning,
+  tokens: Tokens,
+  plan: Plan,
+  head: Head,
+  remote: Partial,
+  into: Partial,
+) -> Partial:
+  """Writes attention and log-sum-exp of a head, over windows and tiles."""
 
-  def step(_, args):
-    number, (rows, place) = args
-    logits, weight, (_, v) = band.look(number, rows)
-    far = fetch(remote.lse, place, -jnp.inf)  # [C·J, R, G]
-    far = far.swapaxes(1, 2).reshape(*logits.shape[:2], -1)
-    top = jnp.max(logits, -1, keepdims=True)
-    top = jnp.maximum(top, jnp.max(far, -1, keepdims=True, initial=-jnp.inf))
-    top = finite(top)
-    p = weight * jnp.exp(logits - top)
-    share = jnp.exp(far - top)
-    total = p.sum(-1, keepdims=True) + share.sum(-1, keepdims=True)
-    share = share.reshape(-1, group, far.shape[-1])
-    fetched = fetch(remote.out, place, 0)
-    out = jnp.einsum("tgr,trgh->tgh", share, fetched)
-    out = out.reshape(*logits.shape[:2], size) + dot("crw,cwh->crh", p, v)
-    return None, (out / nonzero(total), top + jnp.log(total))
+  def step(number, into):
+    for start, count in tuning.cut(tuning.blocks):
+      block = number * tuning.blocks + start
+      view = _View.of(layout, tokens, head, block, count)
+      logits, place = view.logits, view.rows(plan.place)
+      fold = lambda x, like=logits: x.reshape(*like.shape[:2], -1)
+      lse = [fold(x) for x in _far(remote.lse, place, -jnp.inf)]
+      top = jnp.max(logits, -1, keepdims=True)
+      top = finite(functools.reduce(jnp.maximum, lse, top))
+      p = view.weight * jnp.exp(logits - top)
+      share = [jnp.exp(x - top) for x in lse]
+      total = p.sum(-1, keepdims=True) + sum(share)
+      out = dot("crw,cwh->crh", p, view.v)
+      for x, weight in zip(_far(remote.out, place, 0), share, strict=True):
+        out += weight * fold(x)
+      into = Partial(
+        view.put(into.out, out / nonzero(total)),
+        view.put(into.lse, top + jnp.log(total)),
+      )
+    return into
 
-  _, (out, lse) = jax.lax.scan(step, None, band.steps((head, place)))
-  return out.reshape(time, group, size), lse.reshape(time, group)
+  return _over_blocks(layout, tuning, tokens, step, into)
 
 
 def windows_backward(
   layout: Layout,
   tuning: Tuning,
-  head: Heads,
-  place,
+  tokens: Tokens,
+  plan: Plan,
   above: Above,
+  head: Head,
   d_remote: Array,
-) -> Heads:
-  """Returns all gradients but those of keys and values in tiles."""
-  time, group, size = head.q.shape
-  band = _Band.of(layout, tuning, head)
+  grads: Tokens,
+) -> Tokens:
+  """Writes all gradients of a head, adds those of keys and values."""
 
-  def step(d_kv, args):
-    number, (rows, place, above) = args
-    logits, weight, (k, v) = band.look(number, rows)
-    fold = lambda x: x.reshape(*logits.shape[:2], *x.shape[2:])
-    q, d_out = fold(rows.q), fold(above.d_out)
-    open_p = jnp.exp(logits - fold(above.lse)[..., None])
-    d_weight = dot("crh,cwh->crw", d_out, v) - fold(above.delta)[..., None]
-    d_weight = open_p * d_weight
-    p, d_logits = weight * open_p, weight * d_weight
-    d_q = dot("crw,cwh->crh", d_logits, k).reshape(rows.q.shape)
-    d_q += fetch(d_remote, place, 0).sum(1)
-    d_k = dot("crw,crh->cwh", d_logits, q)
-    d_v = dot("crw,crh->cwh", p, d_out)
-    d_kv = band.add(d_kv, number, jnp.concatenate([d_k, d_v], -1))
-    return d_kv, (d_q, band.edges(rows, weight, d_weight))
+  def step(number, grads):
+    first = number * tuning.blocks
+    sums = _Sums.of(layout, tokens.k, tuning.blocks)
+    for start, count in tuning.cut(tuning.blocks):
+      view = _View.of(layout, tokens, head, first + start, count)
+      q, d_out = view.folded(tokens.q), view.folded(above.d_out)
+      open_p = jnp.exp(view.logits - view.folded(above.lse)[..., None])
+      d_weight = dot("crh,cwh->crw", d_out, view.v)
+      d_weight = open_p * (d_weight - view.folded(above.delta)[..., None])
+      p, d_logits = view.weight * open_p, view.weight * d_weight
+      d_q = dot("crw,cwh->crh", d_logits, view.k)
+      d_q = d_q.reshape(-1, *tokens.q.shape[3:])
+      d_q += sum(_far(d_remote, view.rows(plan.place), 0))
+      d_k = dot("crw,crh->cwh", d_logits, q)
+      d_v = dot("crw,crh->cwh", p, d_out)
+      sums = sums.add(start, d_k, d_v)
+      d_span, d_offset = view.edges(d_weight)
+      grads = grads._replace(
+        q=view.put(grads.q, d_q),
+        span=view.put(grads.span, d_span),
+        offset=view.put(grads.offset, d_offset),
+      )
+    d_k, d_v = sums.onto(head, first, grads.k, grads.v)
+    return grads._replace(k=d_k, v=d_v)
 
-  # Made of the keys, so that `shard_map` sees that it varies as they do.
-  shape = (band.k.shape[0], layout.block, 2 * size)
-  empty = jnp.zeros_like(band.k, jnp.float32, shape=shape)
-  xs = band.steps((head, place, above))
-  d_kv, (d_q, d_edges) = jax.lax.scan(step, empty, xs)
-  d_kv = d_kv[layout.reach :][: time // layout.block].reshape(time, 2 * size)
-  shape = (time, group)
-  d_span, d_offset = jax.tree.map(lambda d: d.reshape(shape), d_edges)
-  return Heads(
-    q=d_q.reshape(*shape, size),
-    k=d_kv[:, :size],
-    v=d_kv[:, size:],
-    span=d_span,
-    offset=d_offset,
-    segments=None,
-  )
+  return _over_blocks(layout, tuning, tokens, step, grads)
 
 
-class _Band(NamedTuple):
-  """Keys and values in blocks, with room at both ends for a whole window."""
+def _far(
+  x: Array, place: Int[Array, "rows R"], fill: int | float
+) -> list[Array]:
+  """Returns what the rows got from the tiles of each choice."""
+  # One by one: sums over a short axis are slow on CPU.
+  return [fetch(x, place[:, i], fill) for i in range(place.shape[1])]
+
+
+def _over_blocks(layout: Layout, tuning: Tuning, tokens: Tokens, step, carry):
+  """Runs over the query blocks of a head."""
+  blocks = tokens.k.shape[1] // layout.block
+  return jax.lax.fori_loop(0, blocks // tuning.blocks, step, carry)
+
+
+class _View(NamedTuple):
+  """What C query blocks of a head see: W keys each."""
 
   layout: Layout
-  chunk: int
-  k: Float[Array, "blocks J H"]
-  v: Float[Array, "blocks J H"]
-  segments: Int[Array, "blocks J"]
+  tokens: Tokens
+  head: Head
+  block: Int[Array, ""]
+  count: int
+  k: Float[Array, "C W H"]
+  v: Float[Array, "C W H"]
+  weight: Float[Array, "C JG W"] | float
+  logits: Float[Array, "C JG W"]
 
   @classmethod
-  def of(cls, layout: Layout, tuning: Tuning, head: Heads):
-    segments = head.segments
-    if segments is None:
-      segments = jnp.zeros(head.k.shape[0], jnp.int32)
-    ends = (layout.reach, layout.ahead)
+  def of(cls, layout, tokens: Tokens, head: Head, block: Array, count: int):
+    seen = block + jnp.arange(count)[:, None] - layout.reach
+    seen += jnp.arange(layout.band)[None]
 
-    def pad(x, fill):
-      x = in_blocks(x, layout.block)
-      widths = (ends,) + ((0, 0),) * (x.ndim - 1)
-      return jnp.pad(x, widths, constant_values=fill)
+    def gather(x):
+      x = head.blocks(x, seen.reshape(-1), layout.block)
+      return x.reshape(count, -1, *x.shape[2:])
 
-    return cls(
-      layout, tuning.blocks, pad(head.k, 0), pad(head.v, 0),
-      pad(segments, _NOWHERE),
-    )  # fmt: skip
-
-  def steps(self, tree: Any):
-    """Cuts arrays over tokens into numbered steps of C blocks."""
-    length = self.chunk * self.layout.block
-    cut = lambda x: x.reshape(x.shape[0] // length, length, *x.shape[1:])
-    tree = jax.tree.map(cut, tree)
-    count = jax.tree.leaves(tree)[0].shape[0]
-    return jnp.arange(count), tree
-
-  def look(self, number, rows: Heads):
-    """Returns logits and weights [C, J·G, W], and the keys and values seen."""
-    chunk, block = self.chunk, self.layout.block
-    k, v, segments = (self._windows(x, number) for x in self[2:])
-    q = rows.q.reshape(chunk, -1, rows.q.shape[-1])
+    k, v = gather(tokens.k), gather(tokens.v)
+    view = cls(layout, tokens, head, block, count, k, v, 1.0, k)
+    q = view.folded(tokens.q)
     logits = dot("crh,cwh->crw", q, k)
-    own = 0 if rows.segments is None else rows.segments.reshape(chunk, block, 1)
-    seen = (segments[:, None] == own) & (segments[:, None] >= 0)
-    distance = self._distance()
-    if self.layout.is_causal:
-      seen &= (distance >= 0)[None]
-    shape = (chunk, block, -1, k.shape[1])
-    weight = 1.0
-    if rows.span is not None:
-      weight = self._soft(distance, rows)
-      seen = seen[:, :, None] & (weight > 0)
+    blocks = tokens.k.shape[1] // layout.block
+    inside = (seen >= 0) & (seen < blocks)
+    inside = jnp.repeat(inside, layout.block, axis=1)
+    of_key = 0 if tokens.segments is None else gather(tokens.segments)
+    visible = view._visible(jnp.where(inside, of_key, _NOWHERE))
+    weight = view._soft()
+    if weight is not None:
+      visible &= weight > 0
       weight = weight.reshape(logits.shape)
-    else:
-      seen = seen[:, :, None]
-    logits = jnp.where(seen, logits.reshape(shape), -jnp.inf)
-    return logits.reshape(q.shape[:2] + k.shape[1:2]), weight, (k, v)
-
-  def add(self, total, number, parts):
-    """Adds gradients of windows [C, W, D] to those of all blocks."""
-    chunk, block, band = self.chunk, self.layout.block, self.layout.band
-    parts = parts.reshape(chunk, band, block, -1)
-    place = number * chunk
-    window = jax.lax.dynamic_slice_in_dim(total, place, chunk + band - 1)
-    for i in range(band):
-      window = window.at[i : i + chunk].add(parts[:, i])
-    return jax.lax.dynamic_update_slice_in_dim(total, window, place, 0)
-
-  def edges(self, rows: Heads, weight, d_weight):
-    """Returns the gradients of span and offset, which act on the ramp alone."""
-    if rows.span is None:
-      return None, None
-    chunk, block = self.chunk, self.layout.block
-    on_ramp = (weight > 0) & (weight < 1)
-    slope = jnp.where(on_ramp, d_weight, 0) / self.layout.ramp
-    slope = slope.reshape(chunk * block, -1, slope.shape[-1])
-    d_span = slope.sum(-1)
-    if rows.offset is None:
-      return d_span, None
-    away = (
-      jnp.tile(self._distance(), (chunk, 1))[:, None] - rows.offset[..., None]
+    grouped = logits.reshape(count, layout.block, -1, k.shape[1])
+    logits = jnp.where(visible, grouped, -jnp.inf).reshape(logits.shape)
+    return view._replace(
+      logits=logits, weight=1.0 if weight is None else weight
     )
+
+  def rows(self, x: Array) -> Array:
+    """Returns the rows of the query blocks, [C·J, ...]."""
+    block = self.layout.block
+    return self.head.cut(x, self.block * block, self.count * block)
+
+  def folded(self, x: Array) -> Array:
+    """Returns the rows of the query blocks, [C, J·G, ...]."""
+    rows = self.rows(x)
+    return rows.reshape(self.count, -1, *rows.shape[2:])
+
+  def put(self, x: Any, rows: Any) -> Any:
+    """Writes the rows of the query blocks, if there are any to write."""
+    if x is None:
+      return None
+    return self.head.put(x, self.block * self.layout.block, rows)
+
+  def edges(self, d_weight):
+    """Returns the gradients of span and offset, which act on the ramp alone."""
+    if self.tokens.span is None:
+      return None, None
+    on_ramp = (self.weight > 0) & (self.weight < 1)
+    slope = jnp.where(on_ramp, d_weight, 0) / self.layout.ramp
+    shape = (self.count * self.layout.block, -1, slope.shape[-1])
+    slope = slope.reshape(shape)
+    d_span = slope.sum(-1)
+    if self.tokens.offset is None:
+      return d_span, None
+    away = jnp.tile(self._distance(), (self.count, 1))[:, None]
+    away -= self.rows(self.tokens.offset)[..., None]
     return d_span, (slope * jnp.sign(away)).sum(-1)
 
-  def _windows(self, x, number):
-    """Returns the windows [C, W, ...] of the blocks of a step."""
-    chunk, band = self.chunk, self.layout.band
-    x = jax.lax.dynamic_slice_in_dim(x, number * chunk, chunk + band - 1)
-    x = jnp.stack([x[i : i + chunk] for i in range(band)], 1)
-    return x.reshape(chunk, -1, *x.shape[3:])
+  def _visible(self, of_key: Int[Array, "C W"]) -> Bool[Array, "C J 1 W"]:
+    """Says which keys exist, share the segment and are not in the future."""
+    of_key = of_key[:, None, None]
+    own = 0
+    if self.tokens.segments is not None:
+      own = self.folded(self.tokens.segments)[..., None, None]
+    visible = (of_key == own) & (of_key >= 0)
+    if self.layout.is_causal:
+      visible &= (self._distance() >= 0)[None, :, None]
+    return jnp.broadcast_to(
+      visible, (self.count, self.layout.block, 1, of_key.shape[-1])
+    )
 
   def _distance(self) -> Int[Array, "J W"]:
     block, band = self.layout.block, self.layout.band
     key = jnp.arange(band * block) - self.layout.reach * block
     return jnp.arange(block)[:, None] - key[None]
 
-  def _soft(self, distance, rows: Heads):
-    """Returns the weights of the keys of windows, [C, J, G, W]."""
+  def _soft(self) -> Float[Array, "C J G W"] | None:
+    """Returns the weights of the keys of windows."""
+    if self.tokens.span is None:
+      return None
     block = self.layout.block
-    shape = (self.chunk, block, -1, 1)
-    span, offset = jax.tree.map(
-      lambda x: x.reshape(shape), (rows.span, rows.offset)
+    shape = (self.count, block, -1, 1)
+    span, offset = (
+      None if x is None else self.rows(x).reshape(shape)
+      for x in (self.tokens.span, self.tokens.offset)
     )
-    distance = distance[None, :, None]
+    distance = self._distance()[None, :, None]
     key = jnp.arange(block)[None, :, None, None] - distance
     own = (key >= 0) & (key < block)
     soft = window_weight(distance, span, offset, self.layout.ramp)
     return jnp.where(own, 1.0, soft)
+
+
+class _Sums(NamedTuple):
+  """Gradients of the keys that the query blocks of a step see.
+
+  With room beside, as what lies beside a sequence moves in: nothing to add.
+  """
+
+  layout: Layout
+  k: Float[Array, "blocks J H"]
+  v: Float[Array, "blocks J H"]
+
+  @classmethod
+  def of(cls, layout: Layout, k: Float[Array, "B T K H"], count: int):
+    blocks = layout.ahead + count + layout.band - 1 + layout.reach
+    shape = (blocks, layout.block, k.shape[-1])
+    empty = jnp.zeros_like(k, jnp.float32, shape=shape)
+    return cls(layout, empty, empty)
+
+  def add(self, start: int, d_k: Array, d_v: Array):
+    """Adds those of windows, [C, W, H], from a query block on."""
+
+    def add(total, parts):
+      parts = parts.reshape(len(parts), self.layout.band, *total.shape[1:])
+      for i in range(self.layout.band):
+        first = self.layout.ahead + start + i
+        total = total.at[first : first + len(parts)].add(parts[:, i])
+      return total
+
+    return self._replace(k=add(self.k, d_k), v=add(self.v, d_v))
+
+  def onto(self, head: Head, block: Array, *totals: Float[Array, "B T K H"]):
+    """Adds them to those of all keys; `block` is the first query block."""
+    layout = self.layout
+    blocks = totals[0].shape[1] // layout.block
+    count = min(len(self.k) - layout.ahead - layout.reach, blocks)
+    first = block - layout.reach
+    start = jnp.clip(first, 0, blocks - count)
+    move = layout.ahead + start - first
+
+    def add(total, sums):
+      sums = jax.lax.dynamic_slice_in_dim(sums, move, count)
+      sums = sums.reshape(-1, sums.shape[-1])
+      at = start * layout.block
+      return head.put(total, at, head.cut(total, at, len(sums)) + sums)
+
+    return add(totals[0], self.k), add(totals[1], self.v)
