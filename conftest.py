@@ -9,6 +9,16 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 import pytest
 
 
+def pytest_configure(config):
+  """Compiles the default run hastily: that is what most of its time goes to.
+
+  XLA's own passes all run; LLVM's costly ones do not. Runs of other tests, as
+  `-m slow` or `-m ""`, compile what users get.
+  """
+  if config.getoption("markexpr") == "not slow":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def data_dir(tmp_path_factory, worker_id):
   """The TFDS directory of this run, shared by the workers of xdist."""

@@ -30,8 +30,8 @@ from deepseek_jax.nn.selection import (
   segment_ranges,
 )
 
-_FILL = 8  # Keys in a cell, on average.
-_ROOM = 16  # Keys in a cell, at most: those that are more cannot be found.
+_FILL = 4  # Keys in a cell, on average.
+_ROOM = 8  # Keys in a cell, at most: those that are more cannot be found.
 _LOOKS = 8  # Cells that a query looks into.
 _STEP = 1024  # Tokens that look at a time.
 

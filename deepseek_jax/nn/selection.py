@@ -153,7 +153,8 @@ def score_groups(
 
   def step(tile):
     group, token = tile
-    rows = q.at[token].get(mode="fill", fill_value=0).astype(jnp.float32)
+    # Where a tile has no token any other may stand: nobody fetches its scores.
+    rows = q.at[token].get(mode="clip").astype(jnp.float32)
     return jnp.where(empty[group], _LEAST, rows @ keys[group])
 
   return jax.lax.map(step, (plan.block, plan.token), batch_size=_TILES)
