@@ -1,5 +1,6 @@
 """Attention to a window and to chosen blocks: one call for all devices."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -132,7 +133,7 @@ def why_not(
   True
   """
   layout = make_layout(block_size, window, is_causal, 1.0)
-  tokens = lambda q, k: _tokens(q, k, k, layout, None, None, None, None)
+  tokens = lambda q, k: _tokens(q, k, k, layout, None, None, None)
   return reasons(layout, jax.eval_shape(tokens, q, k))
 
 
@@ -172,7 +173,9 @@ def attend(
   check_rows("offset", offset, rows, jnp.floating)
   if offset is not None and span is None:
     raise ValueError("offset needs span: it moves a window that fades.")
-  tokens = _tokens(q, k, v, layout, segment_ids, span, offset, scale)
+  scale = q.shape[3] ** -0.5 if scale is None else scale
+  layout = dataclasses.replace(layout, scale=scale)
+  tokens = _tokens(q, k, v, layout, segment_ids, span, offset)
   time = q.shape[1]
   ids = _pad_time(ids, tokens.k.shape[1] - time, -1)
   name = choose(layout, tokens, implementation)
@@ -180,12 +183,9 @@ def attend(
   return out.reshape(out.shape[0], -1, *q.shape[2:])[:, :time]
 
 
-def _tokens(
-  q, k, v, layout: Layout, segment_ids, span, offset, scale
-) -> Tokens:
+def _tokens(q, k, v, layout: Layout, segment_ids, span, offset) -> Tokens:
   """Returns tokens, so many that they are whole blocks and equal steps."""
   time, kv_heads = q.shape[1], k.shape[2]
-  scale = q.shape[3] ** -0.5 if scale is None else scale
   more = xla.padded_blocks(-(-time // layout.block)) * layout.block - time
   if more and segment_ids is None and not layout.is_causal:
     segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
@@ -194,7 +194,7 @@ def _tokens(
     shape = (*q.shape[:2], kv_heads)
     segment_ids = jnp.broadcast_to(segment_ids[..., None], shape)
   return Tokens(
-    q=_grouped(pad(q * scale), kv_heads),
+    q=_grouped(pad(q), kv_heads),
     k=pad(k),
     v=pad(v),
     span=_grouped(pad(span), kv_heads),

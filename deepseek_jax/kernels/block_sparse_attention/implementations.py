@@ -58,7 +58,7 @@ def run(
   module = _module(implementation)
   if implementation == "xla":
     return module.attend(layout, module.tuning(layout, tokens), tokens, ids)[0]
-  heads = tokens.heads()
+  heads = tokens.heads(layout.scale)
   tuning = module.tuning(layout, heads)
   out = module.attend(layout, tuning, heads, by_head(ids))[0]
   return by_token(out, ids.shape[2])
@@ -84,5 +84,5 @@ def _reason(name: str, layout: Layout, tokens: Tokens) -> str | None:
         f"{device.device_kind} has {capability}"
       )
   module = _module(name)
-  heads = jax.eval_shape(Tokens.heads, tokens)
+  heads = jax.eval_shape(lambda tokens: tokens.heads(1.0), tokens)
   return module.why_not(layout, module.tuning(layout, heads), heads)

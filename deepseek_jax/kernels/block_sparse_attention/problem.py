@@ -16,12 +16,14 @@ class Layout:
     reach: blocks that a window holds on a side of the own one.
     is_causal: whether none lies in the future.
     ramp: tokens over which a window fades.
+    scale: of logits, for an implementation whose queries are not scaled yet.
   """
 
   block: int
   reach: int
   is_causal: bool
   ramp: int | float
+  scale: float = 1.0
 
   @property
   def ahead(self) -> int:
@@ -50,7 +52,7 @@ class Heads(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """The same as `Heads`, token by token, as users have it."""
+  """The same as `Heads`, token by token, as users have it: `q` unscaled."""
 
   q: Float[Array, "B T K G H"]
   k: Float[Array, "B T K H"]
@@ -59,9 +61,10 @@ class Tokens(NamedTuple):
   offset: Float[Array, "B T K G"] | None
   segments: Int[Array, "B T K"] | None
 
-  def heads(self) -> Heads:
-    """Returns it head by head."""
-    return Heads(*(None if x is None else by_head(x) for x in self))
+  def heads(self, scale: float) -> Heads:
+    """Returns it head by head, `q` scaled."""
+    scaled = self._replace(q=self.q * scale)
+    return Heads(*(None if x is None else by_head(x) for x in scaled))
 
 
 def by_head(x: Array) -> Array:

@@ -71,7 +71,7 @@ def tiles_forward(
 
   def step(number, remote):
     for start, tiles in _parts(tuning, plan, head, number):
-      logits, _, v = _look(layout, tokens, head, tiles)
+      logits, _, _, v = _look(layout, tokens, head, tiles)
       top = finite(logits.max(-1, keepdims=True))
       p = jnp.exp(logits - top)
       total = p.sum(-1, keepdims=True)
@@ -103,8 +103,8 @@ def tiles_backward(
     sums = (0.0, 0.0)
     for start, tiles in _parts(tuning, plan, head, number):
       block, token = tiles
-      logits, k, v = _look(layout, tokens, head, tiles)
-      q, d_out = head.rows(tokens.q, token), head.rows(above.d_out, token)
+      logits, q, k, v = _look(layout, tokens, head, tiles)
+      d_out = head.rows(above.d_out, token)
       lse = head.rows(above.lse, token, jnp.inf)
       p = jnp.exp(logits - lse[..., None])
       d_p = dot("crh,cjh->crj", d_out, v)
@@ -144,11 +144,12 @@ def _put(into: Array, start: Array, rows: Array) -> Array:
 
 
 def _look(layout: Layout, tokens: Tokens, head: Head, tiles):
-  """Returns the logits [C, L·G, J] of tiles, their keys and values."""
+  """Returns logits [C, L·G, J] of tiles, their queries, keys and values."""
   block, token = tiles
   k = head.blocks(tokens.k, block, layout.block)
   v = head.blocks(tokens.v, block, layout.block)
-  logits = dot("crh,cjh->crj", head.rows(tokens.q, token), k)
+  q = head.rows(tokens.q, token) * layout.scale
+  logits = dot("crh,cjh->crj", q, k)
   if tokens.segments is not None:
     of_query = head.rows(tokens.segments, token, _NOBODY)
     of_query = jnp.repeat(of_query, tokens.q.shape[3], axis=1)
@@ -156,7 +157,7 @@ def _look(layout: Layout, tokens: Tokens, head: Head, tiles):
     seen = of_query[:, :, None] == of_key[:, None, :]
     seen &= of_key[:, None, :] >= 0
     logits = jnp.where(seen, logits, -jnp.inf)
-  return logits, k, v
+  return logits, q, k, v
 
 
 class _Runs(NamedTuple):

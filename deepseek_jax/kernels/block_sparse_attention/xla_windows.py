@@ -76,7 +76,7 @@ def windows_backward(
     sums = _Sums.of(layout, tokens.k, tuning.blocks)
     for start, count in tuning.cut(tuning.blocks):
       view = _View.of(layout, tokens, head, first + start, count)
-      q, d_out = view.folded(tokens.q), view.folded(above.d_out)
+      d_out = view.folded(above.d_out)
       open_p = jnp.exp(view.logits - view.folded(above.lse)[..., None])
       d_weight = dot("crh,cwh->crw", d_out, view.v)
       d_weight = open_p * (d_weight - view.folded(above.delta)[..., None])
@@ -84,12 +84,12 @@ def windows_backward(
       d_q = dot("crw,cwh->crh", d_logits, view.k)
       d_q = d_q.reshape(-1, *tokens.q.shape[3:])
       d_q += sum(_far(d_remote, view.rows(plan.place), 0))
-      d_k = dot("crw,crh->cwh", d_logits, q)
+      d_k = dot("crw,crh->cwh", d_logits, view.q)
       d_v = dot("crw,crh->cwh", p, d_out)
       sums = sums.add(start, d_k, d_v)
       d_span, d_offset = view.edges(d_weight)
       grads = grads._replace(
-        q=view.put(grads.q, d_q),
+        q=view.put(grads.q, d_q * layout.scale),
         span=view.put(grads.span, d_span),
         offset=view.put(grads.offset, d_offset),
       )
@@ -121,6 +121,7 @@ class _View(NamedTuple):
   head: Head
   block: Int[Array, ""]
   count: int
+  q: Float[Array, "C JG H"]
   k: Float[Array, "C W H"]
   v: Float[Array, "C W H"]
   weight: Float[Array, "C JG W"] | float
@@ -136,8 +137,8 @@ class _View(NamedTuple):
       return x.reshape(count, -1, *x.shape[2:])
 
     k, v = gather(tokens.k), gather(tokens.v)
-    view = cls(layout, tokens, head, block, count, k, v, 1.0, k)
-    q = view.folded(tokens.q)
+    view = cls(layout, tokens, head, block, count, k, k, v, 1.0, k)
+    q = view.folded(tokens.q) * layout.scale
     logits = dot("crh,cwh->crw", q, k)
     blocks = tokens.k.shape[1] // layout.block
     inside = (seen >= 0) & (seen < blocks)
@@ -151,7 +152,7 @@ class _View(NamedTuple):
     grouped = logits.reshape(count, layout.block, -1, k.shape[1])
     logits = jnp.where(visible, grouped, -jnp.inf).reshape(logits.shape)
     return view._replace(
-      logits=logits, weight=1.0 if weight is None else weight
+      q=q, logits=logits, weight=1.0 if weight is None else weight
     )
 
   def rows(self, x: Array) -> Array:
