@@ -83,9 +83,11 @@ def check_room(cache: DecodeCache, tokens: Array, at: Int[Array, ""] | int):
       f"cache must have as many rows as tokens, {rows}, got "
       f"{cache.k.shape[0]} rows."
     )
+  if time < 1:
+    raise ValueError(f"tokens must be at least one, got {tokens.shape}.")
   if not isinstance(at, jax.core.Tracer) and at + time > cache.capacity:
     raise ValueError(
-      f"cache must have room for {time} more tokens, got one full with {at} of "
+      f"cache must have room for {time} more tokens, got one that holds {at} of "
       f"{cache.capacity}; give init_cache a larger max_length."
     )
 

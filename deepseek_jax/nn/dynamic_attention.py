@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.kernels.block_sparse_attention import api as kernel
 from deepseek_jax.kernels.block_sparse_attention.checks import (
+  check_flag,
   check_heads,
   check_rows,
 )
@@ -157,6 +158,9 @@ def choose_blocks(
   layout = kernel.make_layout(block_size, window, is_causal, 1.0)
   check_choice(selection, num_remote, num_hashes, hash_bits)
   check_rows("segment_ids", segment_ids, q.shape[:2], jnp.integer)
+  if two_level is not None:
+    check_flag(two_level=two_level)
+  q, k = jnp.asarray(q), jnp.asarray(k)
   batch, time, kv_heads, size = k.shape
   if selection == "none" or num_remote == 0:
     return jnp.full((batch, time, kv_heads, 0), -1, jnp.int32)
@@ -166,7 +170,8 @@ def choose_blocks(
   candidates = Candidates(block_size, layout.reach, is_causal)
   blocks = -(-time // block_size)
   region = 0
-  if (time >= LONG) if two_level is None else two_level:
+  long = (time >= LONG) if two_level is None else two_level
+  if long and num_remote < blocks:  # All blocks need no search.
     region = region_blocks(blocks, layout.reach)
     blocks = -(-blocks // region) * region
   more = blocks * block_size - time
@@ -174,7 +179,8 @@ def choose_blocks(
   valid = jnp.broadcast_to(jnp.arange(time + more) < time, (batch, time + more))
   segments = None
   if segment_ids is not None:
-    segments = jnp.where(valid, pad(segment_ids), -1)
+    segments = pad(jnp.asarray(segment_ids, jnp.int32))
+    segments = jnp.where(valid, segments, -1)
     valid = segments >= 0
   groups = pad(q).reshape(batch, time + more, kv_heads, -1, size)
   q, k = jax.lax.stop_gradient((groups, pad(k)))
@@ -208,7 +214,8 @@ def check_choice(
     ("num_remote", num_remote, None),
     ("hash_bits", hash_bits, 16),
   ):
-    if not isinstance(value, int) or value < 0 or (most and value > most):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < 0 or (most and value > most):
       limit = f"from 0 to {most}" if most else "of at least 0"
       raise ValueError(
         f"{name} must be an integer {limit}, got {name}={value!r}."
@@ -226,7 +233,18 @@ def choice_projections(
   if selection == "mean":
     return jnp.zeros((1, size, 0))
   if projections is not None:
+    check_rows("projections", projections, (-1, size, -1), jnp.floating)
+    if not all(projections.shape[:2]):
+      raise ValueError(
+        "projections must have at least one round of hashing, got shape "
+        f"{projections.shape}."
+      )
     return projections
+  if hash_bits > size:
+    raise ValueError(
+      "hash_bits must be at most the head size, the number of orthogonal "
+      f"directions, got {hash_bits=} with {size}."
+    )
   return hash_projections(jax.random.key(0), num_hashes, size, hash_bits)
 
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.kernels.block_sparse_attention import api as kernel
+from deepseek_jax.kernels.block_sparse_attention.checks import check_flag
 from deepseek_jax.nn import checks
 from deepseek_jax.nn.annealing import Annealing, SparsitySchedule
 from deepseek_jax.nn.cache import (
@@ -75,6 +76,7 @@ class DynamicAttention(nnx.Module):
     rotary_base: about a sixth of the longest wave in tokens; at least 1.
     dropout: fraction of the outputs set to zero in training, in [0, 1).
     schedule: a `SparsitySchedule` or its pairs, such as ((0, None), (500, 16)).
+    two_level: as in `dynamic_attention`; decoding always scores all blocks.
     dtype: of the computation and the result; parameters are float32.
     implementation: as in `block_sparse_attention`.
     rngs: streams "params" (also for the hash projections) and "dropout".
@@ -107,6 +109,7 @@ class DynamicAttention(nnx.Module):
     rotary_base: int | float = 10_000.0,
     dropout: int | float = 0.0,
     schedule: SparsitySchedule | Sequence[Sequence[int | None]] | None = None,
+    two_level: bool | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: kernel.Implementation | None = None,
     rngs: nnx.Rngs,
@@ -116,6 +119,8 @@ class DynamicAttention(nnx.Module):
     checks.require_fraction(dropout=dropout)
     kernel.make_layout(block_size, window, is_causal, ramp)
     check_choice(selection, num_remote, num_hashes, hash_bits)
+    if two_level is not None:
+      check_flag(two_level=two_level)
     checks.require_choice(
       (None, "xla", "tpu", "gpu"), implementation=implementation
     )
@@ -139,6 +144,7 @@ class DynamicAttention(nnx.Module):
     self.is_causal = is_causal
     self.ramp = ramp
     self.rotary_base = rotary_base if rotary else None
+    self.two_level = two_level
     self.implementation = implementation
     self.dtype = dtype
     width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
@@ -247,8 +253,9 @@ class DynamicAttention(nnx.Module):
   ) -> tuple[Float[Array, "B 1 D"], DecodeCache]:
     """Returns what the next token reads, and the cache with it.
 
-    As the last row of a call on all tokens so far, without dropout. Donate the
-    cache to the jitted step: it is then changed in place.
+    As the last row of a call on all tokens so far, without dropout; with
+    `two_level`, as from 32,768 tokens on, a call may choose other blocks.
+    Donate the cache to the jitted step: it is then changed in place.
 
     Args:
       token: the next token of every row.
@@ -261,6 +268,10 @@ class DynamicAttention(nnx.Module):
     Raises:
       ValueError: shapes do not fit, or the cache is full.
     """
+    if token.shape[1] != 1:
+      raise ValueError(
+        f"token must be one of every row, [B, 1, D], got shape {token.shape}."
+      )
     check_room(cache, token, cache.length)
     has_room = cache.length < cache.capacity
     positions = jnp.broadcast_to(cache.length, (token.shape[0], 1))
@@ -319,8 +330,8 @@ class DynamicAttention(nnx.Module):
         return jax.checkpoint(full)(q, k, v, **edges)
       return dynamic_attention(
         q, k, v, num_remote=blocks, selection=self.selection,
-        projections=projections, implementation=self.implementation,
-        **shared, **edges,
+        projections=projections, two_level=self.two_level,
+        implementation=self.implementation, **shared, **edges,
       )  # fmt: skip
 
     return self._at_level(attend, q, k, v, tick=tick)

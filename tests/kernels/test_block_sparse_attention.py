@@ -293,6 +293,30 @@ def test_merged_parts_are_the_softmax_over_their_union():
 
 X = jnp.ones((2, 8, 4, 4))
 IDS = jnp.zeros((2, 8, 4, 1), jnp.int32)
+
+
+def test_what_is_not_a_number_stays_in_its_block_and_after(monkeypatch):
+  bad = X.at[:, 6:].set(jnp.nan)
+  out = kernels.block_sparse_attention(
+    bad, bad, bad, IDS, block_size=2, window=4
+  )
+  assert np.isfinite(out[:, :6]).all()
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  arrays = (np.asarray(x) for x in (X, X, X, IDS))  # From NumPy, as well.
+  out = kernels.block_sparse_attention(*arrays, block_size=2, window=4)
+  np.testing.assert_allclose(out, X, atol=1e-6)
+
+
+def test_numbers_of_segments_may_have_no_sign(monkeypatch):
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  run = functools.partial(
+    kernels.block_sparse_attention, X, X, X, IDS, block_size=3, window=3,
+    is_causal=False,
+  )  # fmt: skip
+  one = jnp.full((2, 8), 255, jnp.uint8)
+  np.testing.assert_array_equal(run(segment_ids=one), run())
+
+
 WRONG = {
   "block_size": ({"block_size": 0}, r"^block_size must be .* block_size=0"),
   "window": ({"window": 6}, r"^window must be a multiple .* try window=4 or 8"),
@@ -314,7 +338,15 @@ WRONG = {
     r"^segment_ids must have shape \(2, 8\)",
   ),
   "span": ({"span": jnp.ones((2, 8))}, "^span must have shape"),
-  "offset": ({"offset": jnp.ones((2, 8, 4))}, "^offset needs span"),
+  "offset": ({"offset": jnp.ones((2, 8, 4))}, "^offset needs span.*span=None"),
+  "causal": (
+    {"is_causal": None},
+    r"^is_causal must be True or False, got is_c",
+  ),
+  "no rows": (
+    {"q": X[:0], "k": X[:0], "v": X[:0], "block_ids": IDS[:0]},
+    "^q must be .* none of them 0, got shape",
+  ),
 }
 
 

@@ -176,6 +176,17 @@ def test_a_full_budget_is_full_attention(is_causal):
     np.testing.assert_allclose(grads[name], true, atol=1e-5)
 
 
+def test_a_full_budget_needs_no_search():
+  q, k = jax.random.normal(jax.random.key(0), (2, 1, 50, 2, 8))
+  flat, by_region = (
+    nn.choose_blocks(
+      q, k, block_size=4, window=4, num_remote=13, two_level=two_level
+    )
+    for two_level in (False, True)
+  )
+  np.testing.assert_array_equal(flat, by_region)
+
+
 @pytest.mark.parametrize("start", [5, 8, 15])
 def test_the_future_changes_no_bit_of_the_past(start):
   problem = PROBLEMS["causal groups"]
@@ -280,6 +291,19 @@ WRONG = {
     "^segment_ids must have shape",
   ),
   "span": ({"span": jnp.ones((1, 8, 1))}, "^span must have shape"),
+  "two_level": ({"two_level": "yes"}, "^two_level must be True or False, got"),
+  "projections": (
+    {"projections": jnp.ones((2, 3, 1))},
+    "^projections must have shape",
+  ),
+  "no round": (
+    {"projections": jnp.ones((0, 4, 1))},
+    "^projections must have at least one round",
+  ),
+  "more bits than directions": (
+    {"hash_bits": 9},
+    "^hash_bits must be at most the head size",
+  ),
 }
 
 

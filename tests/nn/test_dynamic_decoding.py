@@ -184,6 +184,13 @@ def test_what_sees_its_future_cannot_be_decoded():
     module.init_cache(1, 8)
 
 
+def test_tokens_are_decoded_one_by_one(monkeypatch):
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  module = layer("groups")
+  with pytest.raises(ValueError, match=r"^token must be one of every row"):
+    module.decode(normal(1, 2, FEATURES), module.init_cache(1, 8))
+
+
 @pytest.mark.parametrize("name", ["batch", "max_length"])
 def test_sizes_of_a_cache_are_checked(name, monkeypatch):
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

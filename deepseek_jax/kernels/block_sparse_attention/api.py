@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.kernels.block_sparse_attention import xla
 from deepseek_jax.kernels.block_sparse_attention.checks import (
+  check_flag,
   check_heads,
   check_rows,
   check_sizes,
@@ -142,6 +143,7 @@ def make_layout(
 ) -> Layout:
   """Returns the layout of checked numbers."""
   check_sizes(block_size, window)
+  check_flag(is_causal=is_causal)
   if not ramp > 0:
     raise ValueError(f"ramp must be above 0, got {ramp=}.")
   return Layout(
@@ -167,12 +169,15 @@ def attend(
 ) -> Float[Array, "B T N H"]:
   """`block_sparse_attention` for `usable_ids`."""
   check_heads(q, k, v)
+  q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
   rows = q.shape[:3]
   check_rows("segment_ids", segment_ids, rows[:2], jnp.integer)
   check_rows("span", span, rows, jnp.floating)
   check_rows("offset", offset, rows, jnp.floating)
   if offset is not None and span is None:
-    raise ValueError("offset needs span: it moves a window that fades.")
+    raise ValueError(
+      "offset needs span, as it moves a window that fades, got span=None."
+    )
   scale = q.shape[3] ** -0.5 if scale is None else scale
   layout = dataclasses.replace(layout, scale=scale)
   tokens = _tokens(q, k, v, layout, segment_ids, span, offset)
@@ -192,6 +197,7 @@ def _tokens(q, k, v, layout: Layout, segment_ids, span, offset) -> Tokens:
   pad = lambda x, fill=0: _pad_time(x, more, fill)
   if segment_ids is not None:
     shape = (*q.shape[:2], kv_heads)
+    segment_ids = jnp.asarray(segment_ids, jnp.int32)  # Padding is negative.
     segment_ids = jnp.broadcast_to(segment_ids[..., None], shape)
   return Tokens(
     q=_grouped(pad(q), kv_heads),

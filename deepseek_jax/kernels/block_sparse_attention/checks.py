@@ -21,13 +21,20 @@ def check_sizes(block_size: int, window: int) -> None:
     )
 
 
+def check_flag(**flags: Any) -> None:
+  """Raises `ValueError` naming the first value that is not True or False."""
+  for name, value in flags.items():
+    if not isinstance(value, bool):
+      raise ValueError(f"{name} must be True or False, got {name}={value!r}.")
+
+
 def check_heads(q: Any, k: Any, v: Any) -> None:
   """Raises `ValueError` unless queries, keys and values fit together."""
   for name, x in (("q", q), ("k", k), ("v", v)):
-    if jnp.ndim(x) != 4:
+    if jnp.ndim(x) != 4 or not all(jnp.shape(x)):
       raise ValueError(
-        f"{name} must be [batch, time, heads, head size], got shape "
-        f"{jnp.shape(x)}."
+        f"{name} must be [batch, time, heads, head size], none of them 0, got "
+        f"shape {jnp.shape(x)}."
       )
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
       raise ValueError(f"{name} must be floating, got {jnp.result_type(x)}.")
@@ -45,7 +52,7 @@ def check_heads(q: Any, k: Any, v: Any) -> None:
       "q and k must have as many tokens (this is self-attention), got "
       f"{q.shape[1]} and {k.shape[1]}."
     )
-  if not k.shape[2] or q.shape[2] % k.shape[2]:
+  if q.shape[2] % k.shape[2]:
     raise ValueError(
       "the heads of k must divide those of q (grouped-query attention), got "
       f"{q.shape[2]} heads of q and {k.shape[2]} of k."

@@ -71,7 +71,7 @@ class Head(NamedTuple):
     return x.reshape(token.shape[0], -1, *x.shape[3:])
 
   def blocks(self, x: Array, block: Int[Array, " C"], size: int) -> Array:
-    """Returns blocks, [C, J, ...]; others in place of those beside them."""
+    """Returns blocks, [C, J, ...]."""
     return jax.vmap(lambda block: self.cut(x, block * size, size))(block)
 
   def _at(self, x: Array, start: Array):

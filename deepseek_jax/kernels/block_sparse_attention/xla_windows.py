@@ -132,15 +132,18 @@ class _View(NamedTuple):
     seen = block + jnp.arange(count)[:, None] - layout.reach
     seen += jnp.arange(layout.band)[None]
 
+    blocks = tokens.k.shape[1] // layout.block
+    # What lies beside is hidden, but 0 times NaN would show: take a near one.
+    near = jnp.clip(seen, 0, blocks - 1).reshape(-1)
+
     def gather(x):
-      x = head.blocks(x, seen.reshape(-1), layout.block)
+      x = head.blocks(x, near, layout.block)
       return x.reshape(count, -1, *x.shape[2:])
 
     k, v = gather(tokens.k), gather(tokens.v)
     view = cls(layout, tokens, head, block, count, k, k, v, 1.0, k)
     q = view.folded(tokens.q) * layout.scale
     logits = dot("crh,cwh->crw", q, k)
-    blocks = tokens.k.shape[1] // layout.block
     inside = (seen >= 0) & (seen < blocks)
     inside = jnp.repeat(inside, layout.block, axis=1)
     of_key = 0 if tokens.segments is None else gather(tokens.segments)
