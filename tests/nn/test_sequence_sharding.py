@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from deepseek_jax import kernels, nn
+from deepseek_jax import nn
+from deepseek_jax.kernels.block_sparse_attention.reference import reference
 
 slow = pytest.mark.slow
 BATCH, SIZE, BLOCK = 2, 8, 4
@@ -59,11 +60,12 @@ class Problem(NamedTuple):
 
 
 PROBLEMS = {
-  "causal, four": Problem(4, 2, edges=True),
+  "causal, four": Problem(4, 2),
   "both ways, two, segments": Problem(
     heads=2, kv_heads=1, is_causal=False, segments=True, edges=True
   ),
   "causal, two, segments": Problem(segments=True),
+  "causal, edges": Problem(4, 2, edges=True),
   "both ways, four": Problem(4, 2, is_causal=False, num_remote=4),
   "one device": Problem(1),
   "a window as wide as may be": Problem(4, window=4, is_causal=False),
@@ -73,19 +75,24 @@ PROBLEMS = {
   "a block each": Problem(8, time=32, window=2),
   "more than there are": Problem(2, num_remote=20),
 }
-FAST = tuple(PROBLEMS)[:2]
-problems = pytest.mark.parametrize(
-  "name",
-  [pytest.param(name, marks=() if name in FAST else slow) for name in PROBLEMS],
-)
 # One block from every other device, where many more are wanted.
 SCARCE = {
   "causal": Problem(4, capacity=1),
   "both ways": Problem(4, 2, capacity=1, is_causal=False, segments=True),
 }
-scarce = pytest.mark.parametrize(
-  "name", ["causal", pytest.param("both ways", marks=slow)]
+
+
+def table(names, *fast):
+  """Problems forward and backward; what is fast, perhaps forward alone."""
+  rest = [(name, True) for name in names if (name, True) not in fast]
+  slower = [pytest.param(*case, marks=slow) for case in rest]
+  return pytest.mark.parametrize(("name", "backward"), [*fast, *slower])
+
+
+problems = table(
+  PROBLEMS, ("causal, four", True), ("both ways, two, segments", False)
 )
+scarce = table(SCARCE, ("causal", False))
 
 
 def draw(problem: Problem, seed: int) -> dict[str, jax.Array]:
@@ -120,65 +127,76 @@ def sharded(problem: Problem, function, out_specs: Any = SPEC):
   return jax.shard_map(function, mesh=mesh, in_specs=SPEC, out_specs=out_specs)
 
 
+def inputs_of_choice(arrays):
+  return {k: arrays[k] for k in ("q", "k", "segment_ids") if k in arrays}
+
+
 def in_parts(problem: Problem, arrays):
+  """Returns outputs; ids, and the share dropped for every row of data."""
+
   def attend(arrays):
-    return nn.sharded_dynamic_attention(
-      **arrays, **problem.sizes, **problem.choice, **problem.sharding
+    options = problem.sizes | problem.choice | problem.sharding
+    ids, dropped = nn.choose_sharded_blocks(
+      **inputs_of_choice(arrays), **options
     )
+    out = nn.sharded_dynamic_attention(**arrays, **options)
+    return out, (ids, dropped[None])
 
-  return sharded(problem, attend)(arrays)
-
-
-def as_a_whole(problem: Problem, arrays):
-  return nn.dynamic_attention(**arrays, **problem.sizes, **problem.choice)
-
-
-def of_ids(problem: Problem, arrays):
-  return kernels.block_sparse_attention(**arrays, **problem.sizes)
+  specs = SPEC, (SPEC, PartitionSpec("data"))
+  return sharded(problem, attend, specs)(arrays)
 
 
-@functools.cache
-def value_and_grads(function, problem: Problem):
+def with_grads(attend, backward: bool):
+  """Returns a jitted function: outputs, gradients, and what else there is."""
+
   def run(arrays, cotangent):
+    if not backward:
+      out, more = attend(arrays)
+      return out, {}, more
     floats = {k: v for k, v in arrays.items() if v.dtype != jnp.int32}
     rest = {k: v for k, v in arrays.items() if k not in floats}
-    out, pull = jax.vjp(lambda x: function(problem, x | rest), floats)
-    return out, pull(cotangent)[0]
+    out, pull, more = jax.vjp(lambda x: attend(x | rest), floats, has_aux=True)
+    return out, pull(cotangent)[0], more
 
   return jax.jit(run)
 
 
 @functools.cache
-def chooser(problem: Problem):
-  """Chooses in parts: the ids, and the share dropped for every row of data."""
-
-  def choose(arrays):
-    ids, dropped = nn.choose_sharded_blocks(
-      **arrays, **problem.sizes, **problem.choice, **problem.sharding
-    )
-    return ids, dropped[None]
-
-  return jax.jit(sharded(problem, choose, (SPEC, PartitionSpec("data"))))
+def parts(problem: Problem, backward: bool):
+  return with_grads(functools.partial(in_parts, problem), backward)
 
 
-def inputs_of_choice(arrays):
-  return {k: arrays[k] for k in ("q", "k", "segment_ids") if k in arrays}
+@functools.cache
+def whole(backward: bool, **sizes):
+  """Attention to the whole sequence by definition, to blocks that are given.
+
+  `nn.dynamic_attention` is that, with `nn.choose_blocks`, by laws of its own.
+  """
+  attend = lambda arrays: (reference(**arrays, **sizes), None)
+  return with_grads(attend, backward)
+
+
+# Not a function of the problem: much that is cut differently is one whole.
+choose = jax.jit(
+  nn.choose_blocks,
+  static_argnames=tuple(Problem().sizes | Problem().choice),
+)
 
 
 def choose_whole(problem: Problem, arrays):
-  choose = functools.partial(
-    nn.choose_blocks, **problem.sizes, **problem.choice
-  )
-  return np.asarray(jax.jit(choose)(**inputs_of_choice(arrays)))
+  chosen = choose(**inputs_of_choice(arrays), **problem.sizes, **problem.choice)
+  return np.asarray(chosen)
 
 
-def check(problem: Problem, function, arrays, **more):
+def check(problem: Problem, backward: bool, arrays, ids):
   """Compares outputs and gradients with those of the whole sequence."""
   cotangent = draw(problem, 1)["q"]
-  out, grads = value_and_grads(in_parts, problem)(arrays, cotangent)
-  whole = value_and_grads(function, problem)
-  true_out, true_grads = whole(arrays | more, cotangent)
+  out, grads, _ = parts(problem, backward)(arrays, cotangent)
+  true_out, true_grads, _ = whole(backward, **problem.sizes)(
+    arrays | {"block_ids": jnp.asarray(ids)}, cotangent
+  )
   np.testing.assert_allclose(out, true_out, atol=2e-6, rtol=2e-6)
+  assert grads.keys() == true_grads.keys()
   for name, grad in grads.items():
     true = np.asarray(true_grads[name])
     scale = max(1.0, np.abs(true).max())
@@ -186,16 +204,17 @@ def check(problem: Problem, function, arrays, **more):
 
 
 @problems
-def test_in_parts_it_is_what_it_is_as_a_whole(name):
+def test_in_parts_it_is_what_it_is_as_a_whole(name, backward):
   problem = PROBLEMS[name]
-  check(problem, as_a_whole, draw(problem, 0))
+  arrays = draw(problem, 0)
+  check(problem, backward, arrays, choose_whole(problem, arrays))
 
 
 @problems
-def test_in_parts_the_same_blocks_are_chosen(name):
+def test_in_parts_the_same_blocks_are_chosen(name, backward):
   problem = PROBLEMS[name]
   arrays = draw(problem, 0)
-  ids, dropped = chooser(problem)(inputs_of_choice(arrays))
+  _, _, (ids, dropped) = parts(problem, backward)(arrays, arrays["q"])
   np.testing.assert_array_equal(ids, choose_whole(problem, arrays))
   assert not np.asarray(dropped).any()
 
@@ -220,10 +239,10 @@ def kept(problem: Problem, ids):
 
 
 @scarce
-def test_a_capacity_keeps_what_most_tokens_want(name):
+def test_a_capacity_keeps_what_most_tokens_want(name, backward):
   problem = SCARCE[name]
   arrays = draw(problem, 0)
-  ids, dropped = chooser(problem)(inputs_of_choice(arrays))
+  _, _, (ids, dropped) = parts(problem, backward)(arrays, arrays["q"])
   wanted = choose_whole(problem, arrays)
   true = kept(problem, wanted)
   np.testing.assert_array_equal(ids, true)
@@ -234,24 +253,26 @@ def test_a_capacity_keeps_what_most_tokens_want(name):
 
 
 @scarce
-def test_what_fits_is_read_and_nothing_else(name):
+def test_what_fits_is_read_and_nothing_else(name, backward):
   problem = SCARCE[name]
   arrays = draw(problem, 0)
-  ids = kept(problem, choose_whole(problem, arrays))
-  check(problem, of_ids, arrays, block_ids=jnp.asarray(ids))
+  check(problem, backward, arrays, kept(problem, choose_whole(problem, arrays)))
 
 
 @pytest.mark.parametrize(
-  ("problem", "start"),
+  ("problem", "backward", "start"),
   [
-    (PROBLEMS["causal, four"], 24),
-    (PROBLEMS["causal, four"], 30),  # Within a device.
-    (SCARCE["causal"], 24),  # Only devices after it: see the docstring.
-    (SCARCE["causal"], 36),
+    (PROBLEMS["causal, four"], True, 24),
+    (PROBLEMS["causal, four"], True, 30),  # Within a device.
+    # Only devices after it: see the docstring.
+    (SCARCE["causal"], False, 24),
+    (SCARCE["causal"], False, 36),
+    pytest.param(SCARCE["causal"], True, 24, marks=slow),
+    pytest.param(SCARCE["causal"], True, 36, marks=slow),
   ],
 )
-def test_the_future_changes_no_bit_of_the_past(problem, start):
-  run = value_and_grads(in_parts, problem)
+def test_the_future_changes_no_bit_of_the_past(problem, backward, start):
+  run = parts(problem, backward)
   before, after = draw(problem, 0), draw(problem, 1)
   mixed = {
     name: before[name].at[:, start:].set(100 * after[name][:, start:])
@@ -268,7 +289,7 @@ def test_the_future_changes_no_bit_of_the_past(problem, start):
 def test_with_a_capacity_later_tokens_of_a_device_have_a_vote():
   """What the docstring warns of; those of the devices before have it not."""
   problem, start = SCARCE["causal"], 40
-  run = value_and_grads(in_parts, problem)
+  run = parts(problem, False)
   before = draw(problem, 0)
   q = before["q"].at[:, start:].set(-before["q"][:, start:])
   first = run(before, before["q"])[0]
@@ -286,7 +307,7 @@ def test_what_is_not_a_number_elsewhere_stays_there():
     name: x.at[:, start:].set(jnp.nan) if name in "kv" else x
     for name, x in arrays.items()
   }
-  run = value_and_grads(in_parts, problem)
+  run = parts(problem, False)
   good_out, bad_out = (run(x, arrays["q"])[0] for x in (arrays, bad))
   np.testing.assert_array_equal(good_out[:, :start], bad_out[:, :start])
 
@@ -326,10 +347,13 @@ def test_less_travels_than_all_keys_and_values():
 def test_bfloat16_is_near():
   problem = PROBLEMS["causal, four"]
   arrays = jax.tree.map(lambda x: x.astype(jnp.bfloat16), draw(problem, 0))
-  out = jax.jit(functools.partial(in_parts, problem))(arrays)
+  out, *_ = parts(problem, False)(arrays, None)
   assert out.dtype == jnp.bfloat16
-  whole = jax.jit(functools.partial(as_a_whole, problem))(arrays)
-  np.testing.assert_allclose(np.float32(out), np.float32(whole), atol=3e-2)
+  attend = functools.partial(
+    nn.dynamic_attention, **problem.sizes, **problem.choice
+  )
+  true = jax.jit(lambda arrays: attend(**arrays))(arrays)
+  np.testing.assert_allclose(np.float32(out), np.float32(true), atol=3e-2)
 
 
 X = jnp.ones((1, 16, 2, 4))
