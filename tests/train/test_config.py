@@ -74,8 +74,10 @@ def test_every_field_of_the_classifier_reaches_the_model():
     assert structure(changed) != want, field.name
 
 
+# Far blocks take most of the time to compile, and have laws of their own.
+@pytest.mark.parametrize("remote", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_dynamic_attention_trains_by_flags_that_the_run_remembers(
-  tmp_path, data_dir, capsys
+  remote, tmp_path, data_dir, capsys
 ):
   workdir = tmp_path / "run"
   fields = {
@@ -83,7 +85,7 @@ def test_dynamic_attention_trains_by_flags_that_the_run_remembers(
     # 64 pixels are 64 steps: 16 blocks, of which a step reads at most 5.
     "model.block-size": 4,
     "model.window": 8,
-    "model.num-remote": 2,
+    "model.num-remote": remote,
     "model.channels": 4,
     "model.pool": 1,
     "model.lstm-features": 8,
@@ -104,7 +106,7 @@ def test_dynamic_attention_trains_by_flags_that_the_run_remembers(
   attention = experiment.build_model(schema).features.attention.attention
   assert isinstance(attention, dj.nn.DynamicAttention)
   sizes = attention.block_size, attention.window, attention.num_remote
-  assert sizes == (4, 8, 2)
+  assert sizes == (4, 8, remote)
 
 
 @pytest.mark.parametrize("field", DYNAMIC_ONLY)
