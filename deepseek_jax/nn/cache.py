@@ -87,8 +87,8 @@ def check_room(cache: DecodeCache, tokens: Array, at: Int[Array, ""] | int):
     raise ValueError(f"tokens must be at least one, got {tokens.shape}.")
   if not isinstance(at, jax.core.Tracer) and at + time > cache.capacity:
     raise ValueError(
-      f"cache must have room for {time} more tokens, got one that holds {at} of "
-      f"{cache.capacity}; give init_cache a larger max_length."
+      f"cache must have room for {time} more tokens, got one that holds {at} "
+      f"of {cache.capacity}; give init_cache a larger max_length."
     )
 
 

@@ -283,7 +283,7 @@ WRONG = {
   "ramp": ({"ramp": -1.0}, "^ramp must be above 0"),
   "heads": (
     {"k": X[:, :, :0], "v": X[:, :, :0]},
-    "^the heads of k must divide",
+    "^k must be .* none of them 0, got shape",
   ),
   "shape": ({"v": X[:, :4]}, "^k and v must have one shape"),
   "segment_ids": (

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -64,7 +65,7 @@ class Tokens(NamedTuple):
   def heads(self, scale: float) -> Heads:
     """Returns it head by head, `q` scaled."""
     scaled = self._replace(q=self.q * scale)
-    return Heads(*(None if x is None else by_head(x) for x in scaled))
+    return jax.tree.map(by_head, Heads(*scaled))
 
 
 def by_head(x: Array) -> Array:

@@ -1,6 +1,6 @@
 """The chosen blocks: tiles of queries that share a block of keys."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ def tiles_backward(
   def step(number, carry):
     d_remote, grads = carry
     runs = _Runs.of(plan, head, number, tokens.k.shape[1] // layout.block)
-    sums = (0.0, 0.0)
+    sums: Any = (0.0, 0.0)
     for start, tiles in _parts(tuning, plan, head, number):
       block, token = tiles
       logits, q, k, v = _look(layout, tokens, head, tiles)

@@ -213,9 +213,9 @@ class _View(NamedTuple):
       return None
     block = self.layout.block
     shape = (self.count, block, -1, 1)
-    span, offset = (
-      None if x is None else self.rows(x).reshape(shape)
-      for x in (self.tokens.span, self.tokens.offset)
+    span, offset = jax.tree.map(
+      lambda x: self.rows(x).reshape(shape),
+      (self.tokens.span, self.tokens.offset),
     )
     distance = self._distance()[None, :, None]
     key = jnp.arange(block)[None, :, None, None] - distance

@@ -20,9 +20,9 @@ def main() -> None:
 
   def calls() -> float:
     with torch.no_grad():
-      for _ in range(sizes["calls"]):
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out[0, 0, 0, 0].item()
+      attend = lambda: F.scaled_dot_product_attention(q, k, v)
+      outs = [attend() for _ in range(sizes["calls"])]
+    return outs[-1][0, 0, 0, 0].item()
 
   worker.serve(calls, versions={"torch": torch.__version__})
 
