@@ -14,6 +14,7 @@ import deepseek_jax as dj
 from deepseek_jax import nn
 
 LEVELS = ((0, None), (2, 2), (5, 1))
+FEW = LEVELS[:2]  # A level is a branch to compile.
 SIZES = dict(num_heads=2, block_size=4, window=4)  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def tokens(batch=2, time=24):
 @functools.cache
 def annealed(**arguments):
   """Returns a jitted function of calls so far: outputs, gradients, calls."""
-  module = layer(schedule=LEVELS, **arguments)
+  module = layer(**arguments)
   structure, params, rest = nnx.split(module, nnx.Param, ...)
   params, rest = nnx.as_pure((params, rest))
 
@@ -51,11 +52,18 @@ def annealed(**arguments):
 
 
 @pytest.mark.parametrize(
-  "learn_window", [False, pytest.param(True, marks=pytest.mark.slow)]
+  ("learn_window", "levels"),
+  [
+    (False, FEW),
+    pytest.param(False, LEVELS, marks=pytest.mark.slow),
+    pytest.param(True, LEVELS, marks=pytest.mark.slow),
+  ],
 )
-def test_every_level_is_attention_with_that_many_blocks(learn_window):
-  run = annealed(learn_window=learn_window)
-  for calls, blocks in ((0, 99), (1, 99), (2, 2), (4, 2), (5, 1), (900, 1)):
+def test_every_level_is_attention_with_that_many_blocks(learn_window, levels):
+  run = annealed(learn_window=learn_window, schedule=levels)
+  last = levels[-1][1]
+  cases = ((0, 99), (1, 99), (2, 2), (4, 2), (5, last), (900, last))
+  for calls, blocks in cases:
     expected = reference(blocks, learn_window)
     out, grads, after = run(calls)
     np.testing.assert_allclose(out, expected[0], atol=2e-6)
@@ -106,8 +114,8 @@ def test_only_calls_in_training_count_and_one_branch_runs():
 class Recall(nnx.Module):
   """Attention, its mean, and a linear layer; tells at which level it ran."""
 
-  def __init__(self, seen, *, rngs):
-    self.attention = layer(schedule=LEVELS)
+  def __init__(self, seen, levels, *, rngs):
+    self.attention = layer(schedule=levels)
     self.head = nnx.Linear(8, 3, rngs=rngs)
     self.seen = seen
     self.deterministic = False
@@ -119,14 +127,16 @@ class Recall(nnx.Module):
 
 
 @pytest.mark.parametrize(
-  "accumulate", [1, pytest.param(2, marks=pytest.mark.slow)]
+  ("accumulate", "levels"),
+  [(1, FEW), pytest.param(2, LEVELS, marks=pytest.mark.slow)],
 )
 def test_training_passes_through_the_levels_in_one_compilation(
-  tmp_path, accumulate
+  tmp_path, accumulate, levels
 ):
   seen = []
   # A second compilation warns, and a warning is an error here.
-  model = Recall(lambda calls: seen.append(int(calls)), rngs=nnx.Rngs(1))
+  see = lambda calls: seen.append(int(calls))
+  model = Recall(see, levels, rngs=nnx.Rngs(1))
   columns = {"x": np.asarray(tokens(32)), "y": np.arange(32) % 3}
   data = dj.data.from_arrays(
     columns, columns, columns, inputs=("x",), target="y"
