@@ -180,3 +180,17 @@ def test_a_classifier_of_pixels_trains_with_it(tmp_path):
   assert result.metrics["test/loss"] < 2.25  # Guessing: log 10 = 2.30.
   calls = result.model.features.attention.attention.annealing.calls[...]
   assert int(calls) == result.best_step
+
+
+def test_a_layer_searches_by_region_if_told_to(monkeypatch):
+  x = jax.random.normal(jax.random.key(0), (1, 128, 8))
+  make = lambda two_level: nn.DynamicAttention(
+    8, num_heads=1, block_size=4, window=4, num_remote=1, rotary=False,
+    two_level=two_level, rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  usual, flat, by_region = (make(way)(x) for way in (None, False, True))
+  np.testing.assert_array_equal(usual, flat)
+  assert np.abs(by_region - flat).max() > 1e-3
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  with pytest.raises(ValueError, match=r"^two_level must be True"):
+    make("yes")
