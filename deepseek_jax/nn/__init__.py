@@ -1,8 +1,12 @@
 """Layers: images, sequences and attention, each usable alone."""
 
 from deepseek_jax.nn.activations import ACTIVATIONS as ACTIVATIONS
+from deepseek_jax.nn.activations import (
+  SPARSE_ACTIVATIONS as SPARSE_ACTIVATIONS,
+)
 from deepseek_jax.nn.activations import Activation as Activation
 from deepseek_jax.nn.activations import activation as activation
+from deepseek_jax.nn.activations import activation_layer as activation_layer
 from deepseek_jax.nn.annealing import Annealing as Annealing
 from deepseek_jax.nn.annealing import SparsitySchedule as SparsitySchedule
 from deepseek_jax.nn.annealing import TrainingCalls as TrainingCalls
@@ -48,5 +52,11 @@ from deepseek_jax.nn.sequence_choice import (
 from deepseek_jax.nn.sequence_sharding import (
   sharded_dynamic_attention as sharded_dynamic_attention,
 )
+from deepseek_jax.nn.sparse_activations import (
+  DynamicSparseReLU as DynamicSparseReLU,
+)
+from deepseek_jax.nn.sparse_activations import Threshold as Threshold
+from deepseek_jax.nn.thresholds import Gradient as Gradient
+from deepseek_jax.nn.thresholds import threshold_relu as threshold_relu
 from deepseek_jax.nn.window import LearnedWindow as LearnedWindow
 from deepseek_jax.nn.window import clip_with_return as clip_with_return

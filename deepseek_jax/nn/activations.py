@@ -1,11 +1,15 @@
 """Activation functions by name."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.nn.sparse_activations import DynamicSparseReLU
 
 Activation = Callable[[jax.Array], jax.Array]
 """A function applied to every element of an array."""
@@ -33,6 +37,11 @@ ACTIVATIONS = MappingProxyType(
 )
 """The names that `activation` knows; read-only."""
 
+SPARSE_ACTIVATIONS = MappingProxyType(
+  {"dynamic_sparse_relu": DynamicSparseReLU}
+)
+"""The layers that `activation_layer` knows besides; read-only."""
+
 
 def activation(name: str | Activation) -> Activation:
   """Returns the activation function of a name.
@@ -57,9 +66,59 @@ def activation(name: str | Activation) -> Activation:
     return name
   if name in ACTIVATIONS:
     return ACTIVATIONS[name]
-  near = difflib.get_close_matches(name.lower(), ACTIVATIONS, n=3, cutoff=0.5)
+  if name in SPARSE_ACTIVATIONS:
+    raise ValueError(
+      "activation must be a function here, as this layer has no room for the "
+      f"state of one that adapts, got activation={name!r}."
+    )
+  raise _unknown(name, ACTIVATIONS)
+
+
+def activation_layer(
+  name: str | Activation,
+  features: int | None = None,
+  *,
+  options: Mapping[str, Any] | None = None,
+  rngs: nnx.Rngs | None = None,
+) -> Activation:
+  """Returns the activation of a name, be it a function or a layer with state.
+
+  For layers that keep their activation as an attribute of their own: each call
+  builds a new one, so no state is shared.
+
+  >>> activation_layer("relu", 8).__name__
+  'relu'
+  >>> activation_layer("dynamic_sparse_relu", 8, options={"rate": 0.1}).rate
+  0.1
+
+  Args:
+    name: one of `ACTIVATIONS` or `SPARSE_ACTIVATIONS`, or a callable, which is
+      returned as it is.
+    features: C, the size of the last axis of what it will be called with.
+    options: arguments of the layer; a function takes none.
+    rngs: unused so far; for layers that draw numbers.
+
+  Raises:
+    ValueError: the name is unknown, the message gives the nearest ones; or
+      options for a function; or a value out of range.
+  """
+  del rngs
+  if isinstance(name, str) and name in SPARSE_ACTIVATIONS:
+    return SPARSE_ACTIVATIONS[name](features, **(options or {}))
+  if options:
+    raise ValueError(
+      f"options must be empty for activation={name!r}, which is a function, "
+      f"got {options=}."
+    )
+  if isinstance(name, str) and name not in ACTIVATIONS:
+    raise _unknown(name, {**ACTIVATIONS, **SPARSE_ACTIVATIONS})
+  return activation(name)
+
+
+def _unknown(name: str, known: Mapping[str, object]) -> ValueError:
+  near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
   hint = f"nearest: {', '.join(near)}" if near else "no name is near"
-  raise ValueError(
-    f"activation must be a function or one of {', '.join(ACTIVATIONS)}, "
+  return ValueError(
+    f"activation must be a function or one of {', '.join(known)}, "
     f"got activation={name!r} ({hint})."
   )
