@@ -41,3 +41,26 @@ def require_choice(choices: tuple[str | None, ...], **values: object) -> None:
     if value not in choices:
       listed = ", ".join(map(repr, choices))
       raise ValueError(f"{name} must be one of {listed}, got {name}={value!r}.")
+
+
+def head_size(
+  features: int, num_heads: int, num_kv_heads: int, head_dim: int | None
+) -> int:
+  """Returns the size of a head; raises `ValueError` if heads do not divide."""
+  require_positive(
+    features=features, num_heads=num_heads, num_kv_heads=num_kv_heads
+  )
+  if num_heads % num_kv_heads:
+    raise ValueError(
+      "num_kv_heads must divide num_heads, as groups of queries share keys, "
+      f"got {num_kv_heads=} for {num_heads=}."
+    )
+  if head_dim is None:
+    if features % num_heads:
+      raise ValueError(
+        "num_heads must divide features unless head_dim is given, got "
+        f"{num_heads=} for {features=}."
+      )
+    head_dim = features // num_heads
+  require_positive(head_dim=head_dim)
+  return head_dim

@@ -90,6 +90,26 @@ def decode_attention(
   return read.astype(q.dtype).reshape(batch, -1, size)
 
 
+def decode_full_attention(
+  q: Float[Array, "B N H"], cache: DecodeCache
+) -> Float[Array, "B N H"]:
+  """Attention of the last token to all tokens of a cache.
+
+  Its cost grows with what the cache has room for.
+
+  Args:
+    q: the query of the last token.
+    cache: with this token in it.
+  """
+  batch, kv_heads, _, _, size = cache.k.shape
+  q = (q * size**-0.5).reshape(batch, kv_heads, -1, size)
+  logits = _dot("bkgh,bkwh->bkgw", q, _flat(cache.k))
+  seen = jnp.arange(cache.capacity) < cache.length
+  logits = jnp.where(seen[None, None, None], logits, -jnp.inf)
+  read = _dot("bkgw,bkwh->bkgh", jax.nn.softmax(logits), _flat(cache.v))
+  return read.astype(q.dtype).reshape(batch, -1, size)
+
+
 def _far(cache: DecodeCache, ids: Int[Array, "B K R"]):
   """Returns keys and values of chosen blocks, [B, K, R·J, H]."""
   batch, kv_heads, _ = ids.shape

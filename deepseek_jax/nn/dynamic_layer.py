@@ -20,7 +20,11 @@ from deepseek_jax.nn.cache import (
   empty_cache,
   fill_cache,
 )
-from deepseek_jax.nn.decoding import choose_cached_blocks, decode_attention
+from deepseek_jax.nn.decoding import (
+  choose_cached_blocks,
+  decode_attention,
+  decode_full_attention,
+)
 from deepseek_jax.nn.dynamic_attention import (
   Selection,
   check_choice,
@@ -63,8 +67,8 @@ class DynamicAttention(nnx.Module):
     head_dim: H, size of a head; None for `features // num_heads`.
     block_size: keys in a block, at least 1; 64 or 128 suit all devices.
     window: tokens, a multiple of `block_size`; see `block_sparse_attention`.
-    num_remote: far blocks that a token chooses, at least 0; with a `schedule`
-      this says it instead.
+    num_remote: far blocks that a token chooses, at least 0; None for all, which
+      is full attention; with a `schedule` this says it instead.
     num_hashes: rounds of hashing; 4 finds most single tokens, 8 nearly all.
     hash_bits: signs in a hash, at most H; 3 or 4 for blocks of 64.
     selection: "lsh", "mean" or "none"; see `dynamic_attention`.
@@ -77,6 +81,7 @@ class DynamicAttention(nnx.Module):
     dropout: fraction of the outputs set to zero in training, in [0, 1).
     schedule: a `SparsitySchedule` or its pairs, such as ((0, None), (500, 16)).
     two_level: as in `dynamic_attention`; decoding always scores all blocks.
+    use_bias: whether the linear maps add a bias.
     dtype: of the computation and the result; parameters are float32.
     implementation: as in `block_sparse_attention`.
     rngs: streams "params" (also for the hash projections) and "dropout".
@@ -98,7 +103,7 @@ class DynamicAttention(nnx.Module):
     head_dim: int | None = None,
     block_size: int = 64,
     window: int = 256,
-    num_remote: int = 4,
+    num_remote: int | None = 4,
     num_hashes: int = 4,
     hash_bits: int = 3,
     selection: Selection = "lsh",
@@ -110,15 +115,18 @@ class DynamicAttention(nnx.Module):
     dropout: int | float = 0.0,
     schedule: SparsitySchedule | Sequence[Sequence[int | None]] | None = None,
     two_level: bool | None = None,
+    use_bias: bool = True,
     dtype: DTypeLike = jnp.float32,
     implementation: kernel.Implementation | None = None,
     rngs: nnx.Rngs,
   ):
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    head_dim = _checked_head_dim(features, num_heads, num_kv_heads, head_dim)
+    head_dim = checks.head_size(features, num_heads, num_kv_heads, head_dim)
     checks.require_fraction(dropout=dropout)
     kernel.make_layout(block_size, window, is_causal, ramp)
-    check_choice(selection, num_remote, num_hashes, hash_bits)
+    if num_remote is None:
+      selection = "none"  # Nothing is left to choose.
+    check_choice(selection, num_remote or 0, num_hashes, hash_bits)
     if two_level is not None:
       check_flag(two_level=two_level)
     checks.require_choice(
@@ -139,7 +147,9 @@ class DynamicAttention(nnx.Module):
     self.head_dim = head_dim
     self.block_size = block_size
     self.window = window
-    self.num_remote = 0 if selection == "none" else num_remote
+    self.num_remote = (
+      0 if selection == "none" and num_remote is not None else num_remote
+    )
     self.selection = selection
     self.is_causal = is_causal
     self.ramp = ramp
@@ -148,7 +158,9 @@ class DynamicAttention(nnx.Module):
     self.implementation = implementation
     self.dtype = dtype
     width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
-    linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+    linear = functools.partial(
+      nnx.Linear, use_bias=use_bias, dtype=dtype, rngs=rngs
+    )
     self.query = linear(features, width)
     self.key = linear(features, kv_width)
     self.value = linear(features, kv_width)
@@ -281,6 +293,8 @@ class DynamicAttention(nnx.Module):
     span, offset = self._edges()
 
     def attend(blocks, q, cache):
+      if blocks is None and span is None:
+        return decode_full_attention(q, cache)
       ids = choose_cached_blocks(
         q, cache, directions, window=self.window,
         num_remote=cache.k.shape[2] if blocks is None else blocks,
@@ -324,10 +338,9 @@ class DynamicAttention(nnx.Module):
     def attend(blocks, q, k, v):
       edges = {"segment_ids": segment_ids, "span": span, "offset": offset}
       if blocks is None:
-        # Recomputed on the way back: a switch makes room for what any of its
-        # branches keeps, and this one would keep all weights.
-        full = functools.partial(full_attention, **shared)
-        return jax.checkpoint(full)(q, k, v, **edges)
+        return full_attention(
+          q, k, v, implementation=self.implementation, **shared, **edges
+        )
       return dynamic_attention(
         q, k, v, num_remote=blocks, selection=self.selection,
         projections=projections, two_level=self.two_level,
@@ -352,26 +365,3 @@ class DynamicAttention(nnx.Module):
     if self.projections is None:
       return jnp.zeros((1, self.head_dim, 0))
     return self.projections[...]
-
-
-def _checked_head_dim(
-  features: int, num_heads: int, num_kv_heads: int, head_dim: int | None
-) -> int:
-  """Returns the size of a head."""
-  checks.require_positive(
-    features=features, num_heads=num_heads, num_kv_heads=num_kv_heads
-  )
-  if num_heads % num_kv_heads:
-    raise ValueError(
-      "num_kv_heads must divide num_heads, as groups of queries share keys, "
-      f"got {num_kv_heads=} for {num_heads=}."
-    )
-  if head_dim is None:
-    if features % num_heads:
-      raise ValueError(
-        "num_heads must divide features unless head_dim is given, got "
-        f"{num_heads=} for {features=}."
-      )
-    head_dim = features // num_heads
-  checks.require_positive(head_dim=head_dim)
-  return head_dim

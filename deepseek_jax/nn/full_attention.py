@@ -1,9 +1,12 @@
-"""What dynamic attention gives when every block is read, in one product."""
+"""What dynamic attention gives when every block is read."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.kernels.block_sparse_attention import api as kernel
 from deepseek_jax.kernels.block_sparse_attention import window_weight
 
 
@@ -19,13 +22,16 @@ def full_attention(
   span: Float[Array, "B T N"] | None = None,
   offset: Float[Array, "B T N"] | None = None,
   ramp: int | float = 32.0,
+  implementation: kernel.Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
   """`dynamic_attention` with as many remote blocks as there are.
 
-  Dense, with T² logits for every head: faster where most blocks would be
-  chosen anyway, as in the first steps of training. Only a `span` makes it
-  differ from `jax.nn.dot_product_attention`: it fades keys of the window, and
-  not those beyond, as if these were chosen.
+  Faster where most blocks would be chosen anyway, as in the first steps of
+  training. Without a `span` it computes what `jax.nn.dot_product_attention`
+  does, as one window over everything: block by block, in memory linear in T.
+  A `span` fades the keys of the window and not those beyond, as if these were
+  chosen; that is computed with all T² logits, which are recomputed on the way
+  back.
 
   Args:
     q: queries.
@@ -38,21 +44,48 @@ def full_attention(
     span: half width of the window in tokens.
     offset: distance to the middle of the window.
     ramp: tokens over which the window fades.
+    implementation: as in `block_sparse_attention`; where there is a `span`,
+      without effect.
 
   >>> x = jnp.ones((1, 8, 2, 4))
   >>> full_attention(
   ...   x, x, x, block_size=2, window=4, is_causal=True).shape
   (1, 8, 2, 4)
   """
-  mask = bias = None
+  if span is not None:
+    # Recomputed: a switch between levels makes room for what any of its
+    # branches keeps for the way back, and this one would keep all weights.
+    faded = functools.partial(
+      _faded_attention, block_size, window, is_causal, ramp
+    )
+    return jax.checkpoint(faded)(q, k, v, segment_ids, span, offset)
+  batch, time, kv_heads, _ = k.shape
+  everything = -(-time // block_size) * block_size
+  return kernel.attend(
+    q,
+    k,
+    v,
+    jnp.full((batch, time, kv_heads, 0), -1, jnp.int32),
+    kernel.make_layout(block_size, everything, is_causal, ramp),
+    segment_ids=segment_ids,
+    span=None,
+    offset=None,
+    scale=None,
+    implementation=implementation,
+  )
+
+
+def _faded_attention(
+  block_size, window, is_causal, ramp, q, k, v, segment_ids, span, offset
+):
+  """Returns attention to all keys, those of the window weighted."""
+  weight = _window_weights(block_size, window, span, offset, ramp)
+  bias = jnp.log(jnp.where(weight > 0, weight, 1)).astype(q.dtype)
+  mask = weight > 0
   if segment_ids is not None:
     # A padded token may see padding: a softmax over nothing is not finite in
     # every implementation. What it saw is taken away below.
-    mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-  if span is not None:
-    weight = _window_weights(block_size, window, span, offset, ramp)
-    bias = jnp.log(jnp.where(weight > 0, weight, 1)).astype(q.dtype)
-    mask = weight > 0 if mask is None else mask & (weight > 0)
+    mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
   read = jax.nn.dot_product_attention(
     q, k, v, bias=bias, mask=mask, is_causal=is_causal
   )
