@@ -7,6 +7,14 @@ from deepseek_jax.data.dataset import Dataset as Dataset
 from deepseek_jax.data.dataset import Split as Split
 from deepseek_jax.data.loading import NotPreparedError as NotPreparedError
 from deepseek_jax.data.loading import load as load
+from deepseek_jax.data.packing import PackedReader as PackedReader
+from deepseek_jax.data.packing import segment_ids as segment_ids
 from deepseek_jax.data.pipeline import batches as batches
 from deepseek_jax.data.schema import Feature as Feature
 from deepseek_jax.data.schema import Schema as Schema
+from deepseek_jax.data.text import from_texts as from_texts
+from deepseek_jax.data.tokenizers import ByteTokenizer as ByteTokenizer
+from deepseek_jax.data.tokenizers import Tokenizer as Tokenizer
+from deepseek_jax.data.tokenizers import (
+  tokenizer_from_json as tokenizer_from_json,
+)

@@ -55,6 +55,38 @@ def schema_of(
   return Schema(features=features, inputs=tuple(inputs), target=target)
 
 
+def text_feature(
+  info: tfds.core.DatasetInfo, inputs: Sequence[str] | None
+) -> str:
+  """Returns the name of the feature that holds a TFDS data set's texts.
+
+  Args:
+    info: What TFDS knows of the data set.
+    inputs: The feature's name; `None` takes the first of the supervised keys,
+      or the data set's only text.
+
+  Raises:
+    ValueError: If there is not one such feature, or it is no text.
+  """
+  texts = [
+    name
+    for name, connector in info.features.items()
+    if isinstance(connector, tfds.features.Text)
+  ]
+  names = list(inputs or _names((info.supervised_keys or ([],))[0]) or texts)
+  if not texts:
+    raise ValueError(
+      f"length and tokenizer are for data sets of text, {info.full_name} has "
+      f"none; its features are {sorted(info.features)}."
+    )
+  if len(names) != 1 or names[0] not in texts:
+    raise ValueError(
+      f"inputs must name one text, of {sorted(texts)}, for rows of tokens; got "
+      f"{names}."
+    )
+  return names[0]
+
+
 def _names(keys: Any) -> tuple[str, ...]:
   """Returns the feature names in one half of the supervised keys."""
   if isinstance(keys, str):
@@ -79,9 +111,11 @@ def _feature(
   entry = np.asarray(entry)
   dtype = entry.dtype
   if dtype.kind not in "biuf":
+    is_text = isinstance(connector, tfds.features.Text)
     raise ValueError(
       f"a batch carries images, labels and numbers; {name!r} is a "
       f"{type(connector).__name__} of type {dtype}."
+      + (" Give length to read a text as tokens." if is_text else "")
     )
   unsigned = np.issubdtype(dtype, np.unsignedinteger)
   image = isinstance(connector, tfds.features.Image) or (

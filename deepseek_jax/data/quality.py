@@ -17,8 +17,9 @@ def check_columns(
   """Raises a `ValueError` for the first thing wrong with stored columns.
 
   A column must exist for every feature, all must be of one length above zero,
-  every entry must have its feature's shape, numbers must be finite, and labels
-  integers in [0, num_classes). One pass over the data, no copies of it.
+  every entry must have its feature's shape, numbers must be finite, labels
+  integers in [0, num_classes), and tokens integers in [0, vocab_size), or -1 in
+  a target. One pass over the data, no copies of it.
 
   Args:
     columns: Stored entries by feature name, examples along the first axis.
@@ -53,7 +54,8 @@ def check_columns(
   if not next(iter(lengths.values())):
     raise ValueError(f"{split}: a split must hold at least one example, got 0.")
   for name, feature in schema.features.items():
-    _check_values(columns[name], feature, f"{split}: {name!r}", indices)
+    low = -1 if name == schema.target and feature.kind == "tokens" else 0
+    _check_values(columns[name], feature, low, f"{split}: {name!r}", indices)
 
 
 def _check_shape(column: np.ndarray, feature: Feature, where: str) -> None:
@@ -72,14 +74,16 @@ def _check_shape(column: np.ndarray, feature: Feature, where: str) -> None:
 def _check_values(
   column: np.ndarray,
   feature: Feature,
+  low: int,
   where: str,
   indices: np.ndarray | None,
 ) -> None:
-  if feature.kind == "label":
+  limit = feature.num_classes or feature.vocab_size
+  if limit is not None:  # Labels and tokens.
     if not np.issubdtype(column.dtype, np.integer):
       raise ValueError(f"{where} must be integers, got {column.dtype}.")
-    bad = (column < 0) | (column >= feature.num_classes)
-    rule = f"be in [0, {feature.num_classes})"
+    bad = (column < low) | (column >= limit)
+    rule = f"be in [{low}, {limit})"
   elif np.issubdtype(column.dtype, np.floating):
     bad = ~np.isfinite(column)
     rule = "be finite"

@@ -42,7 +42,7 @@ def read(
   Raises:
     ValueError: If the features do not suit, or the files cannot be read.
   """
-  sources = _open(builder, splits)
+  sources = open_splits(builder, splits)
   schema = schema_of(
     builder.info, _example(sources, builder), inputs=inputs, target=target
   )
@@ -147,10 +147,18 @@ class RecordReader:
     return column
 
 
-def _open(
+def open_splits(
   builder: tfds.core.DatasetBuilder, splits: Mapping[str, str] | None
 ) -> dict[str, Any]:
-  """Returns a data source for each split."""
+  """Returns a TFDS data source for each of our three splits.
+
+  Args:
+    builder: A builder whose data is in place.
+    splits: As `read`.
+
+  Raises:
+    ValueError: If a split is unknown or empty, or cannot be read.
+  """
   path, available = builder.data_path, builder.info.splits
   if not available:
     raise ValueError(damaged(path, ValueError("no splits are recorded")))

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["image", "label", "number"]
+from deepseek_jax.data.tokenizers import Tokenizer, tokenizer_from_json
+
+Kind = Literal["image", "label", "number", "tokens"]
+Task = Literal["classification", "regression", "language"]
 
 # A batch carries these two beside the features.
 RESERVED = ("mask", "index")
@@ -19,19 +22,24 @@ RESERVED = ("mask", "index")
 class Feature:
   """One column: what an entry is, and the range of its stored values.
 
-  In a batch a label is int32 and everything else float32. Integers with a
-  known range are mapped to `(x - low) / (high - low)`, that is into [0, 1];
-  floats and integers without a range keep their values.
+  In a batch labels and tokens are int32 and everything else float32. Integers
+  with a known range are mapped to `(x - low) / (high - low)`, that is into
+  [0, 1]; floats and integers without a range keep their values.
 
   Attributes:
-    kind: "image" (height, width, channels), "label" (an integer class) or
-      "number" (an array of any shape; a scalar has shape `()`).
+    kind: "image" (height, width, channels), "label" (an integer class),
+      "tokens" (a row of token ids, in [0, vocab_size); as a target -1 is
+      nothing to predict) or "number" (an array of any shape; a scalar has
+      shape `()`).
     shape: The shape of one entry.
     dtype: The NumPy name of the stored type.
     low: The least stored value, where it is known.
     high: The greatest stored value, where it is known.
     num_classes: How many classes a label has; `None` for other kinds.
     class_names: The classes' names, in order; `None` for other kinds.
+    vocab_size: How many token ids there are; `None` for other kinds.
+    tokenizer: What `Tokenizer.to_json` says of the tokenizer ("bytes", for
+      one) that made tokens of text; `None` if none did.
 
   >>> pixels = Feature(
   ...   kind="image", shape=(8, 8, 1), dtype="uint8", low=0, high=16
@@ -47,16 +55,27 @@ class Feature:
   high: int | float | None = None
   num_classes: int | None = None
   class_names: tuple[str, ...] | None = None
+  vocab_size: int | None = None
+  tokenizer: str | None = None
 
   def __post_init__(self):
     """Refuses fields that do not agree."""
     _check_feature(self)
+    if self.kind == "tokens":
+      _check_tokens(self)
+    elif not (self.vocab_size is None and self.tokenizer is None):
+      raise ValueError(
+        f"vocab_size and tokenizer must be None for {self.kind!r}, got "
+        f"vocab_size={self.vocab_size}, tokenizer={self.tokenizer!r:.80}."
+      )
 
   @property
   def to_batch(self) -> Callable[[np.ndarray], np.ndarray]:
     """The function that turns stored entries into a batch's entries."""
     if self.kind == "label":
       return _to_int32
+    if self.kind == "tokens":
+      return _as_int32
     if self.low is None or self.high is None:
       return _to_float32
     if not np.issubdtype(np.dtype(self.dtype), np.integer):
@@ -74,8 +93,8 @@ class Schema:
   Attributes:
     features: Feature by name, in order; only those a batch carries.
     inputs: The names a model reads.
-    target: The name a model predicts: a label (classification) or a number
-      of a float type (regression).
+    target: The name a model predicts: a label (classification), a number of a
+      float type (regression) or the tokens that follow (language).
 
   >>> schema = Schema(
   ...   features={
@@ -112,11 +131,14 @@ class Schema:
           f"that name; got features {list(self.features)}."
         )
     kind, dtype = self.features[self.target].kind, self.target_feature.dtype
-    if kind != "label" and not np.issubdtype(np.dtype(dtype), np.floating):
+    is_float = np.issubdtype(np.dtype(dtype), np.floating)
+    if kind not in ("label", "tokens") and not is_float:
       raise ValueError(
-        "target must be a label or a feature of a float type, got "
+        "target must be a label, tokens or a feature of a float type, got "
         f"{self.target!r} of kind {kind!r} and type {dtype}."
       )
+    if kind == "tokens":
+      self._check_language()
 
   @property
   def target_feature(self) -> Feature:
@@ -129,18 +151,45 @@ class Schema:
     return {name: self.features[name].shape for name in self.inputs}
 
   @property
+  def task(self) -> Task:
+    """What is learned: it follows from the target's kind."""
+    if self.target_feature.kind == "tokens":
+      return "language"
+    is_label = self.target_feature.kind == "label"
+    return "classification" if is_label else "regression"
+
+  @property
   def num_classes(self) -> int | None:
-    """How many classes the target has; `None` for regression."""
+    """How many classes the target has; `None` for the other tasks."""
     return self.target_feature.num_classes
 
   @property
   def class_names(self) -> tuple[str, ...] | None:
-    """The names of the target's classes; `None` for regression."""
+    """The names of the target's classes; `None` for the other tasks."""
     return self.target_feature.class_names
+
+  @property
+  def vocab_size(self) -> int | None:
+    """How many token ids the target has; `None` for the other tasks."""
+    return self.target_feature.vocab_size
+
+  @property
+  def tokenizer(self) -> Tokenizer | None:
+    """What made tokens of text; `None` if nothing did."""
+    for name in self.inputs:
+      if (text := self.features[name].tokenizer) is not None:
+        return tokenizer_from_json(text)
+    return None
 
   def to_json(self) -> str:
     """Returns the schema as text; `from_json` reads it back equal."""
-    return json.dumps(dataclasses.asdict(self), indent=2)
+    fields = dataclasses.asdict(self)
+    for feature in fields["features"].values():
+      for name in ("vocab_size", "tokenizer"):
+        # As before there were tokens, so that older runs are recognised.
+        if feature[name] is None:
+          del feature[name]
+    return json.dumps(fields, indent=2)
 
   @staticmethod
   def from_json(text: str) -> "Schema":
@@ -166,6 +215,22 @@ class Schema:
       raise ValueError(
         f"text must be a schema written by to_json, got {text[:80]!r}."
       ) from error
+
+  def _check_language(self) -> None:
+    """Refuses inputs the target's tokens cannot follow."""
+    target = self.target_feature
+    read = [self.features[name] for name in self.inputs]
+    if not (
+      len(read) == 1
+      and read[0].kind == "tokens"
+      and read[0].shape == target.shape
+      and read[0].vocab_size == target.vocab_size
+    ):
+      raise ValueError(
+        "inputs must be one feature of tokens, of the shape and vocab_size of "
+        f"the target's, {target.shape} and {target.vocab_size}; got "
+        f"{[(f.kind, f.shape, f.vocab_size) for f in read]}."
+      )
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
@@ -199,6 +264,27 @@ def _check_feature(feature: Feature) -> None:
     raise ValueError(f"low must be below high, got {low=}, {high=}.")
 
 
+def _check_tokens(feature: Feature) -> None:
+  """Raises a `ValueError` where tokens cannot be as `feature` says."""
+  if len(feature.shape) != 1 or feature.shape[0] < 1:
+    raise ValueError(
+      f"tokens must be a row, of shape (length,), got shape={feature.shape}."
+    )
+  if not np.issubdtype(np.dtype(feature.dtype), np.integer):
+    raise ValueError(f"tokens must be integers, got dtype={feature.dtype!r}.")
+  if feature.vocab_size is None or feature.vocab_size < 2:
+    raise ValueError(
+      f"vocab_size must be at least 2, got vocab_size={feature.vocab_size}."
+    )
+  if feature.tokenizer is not None:
+    size = tokenizer_from_json(feature.tokenizer).vocab_size
+    if size != feature.vocab_size:
+      raise ValueError(
+        f"vocab_size must be that of the tokenizer, {size}, got "
+        f"vocab_size={feature.vocab_size}."
+      )
+
+
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Returns `fields` with the lists JSON knows as the tuples we write."""
   return {
@@ -209,6 +295,11 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _to_int32(stored: np.ndarray) -> np.ndarray:
   return stored.astype(np.int32)
+
+
+def _as_int32(stored: np.ndarray) -> np.ndarray:
+  # Packed targets are int32 already, and no one else's.
+  return stored.astype(np.int32, copy=False)
 
 
 def _to_float32(stored: np.ndarray) -> np.ndarray:
