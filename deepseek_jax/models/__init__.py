@@ -1,5 +1,7 @@
 """Whole models, made of `nn` layers."""
 
 from deepseek_jax.models.classifier import Classifier as Classifier
+from deepseek_jax.models.language import DecoderLayer as DecoderLayer
+from deepseek_jax.models.language import LanguageModel as LanguageModel
 from deepseek_jax.models.parts import ConvolutionalInput as ConvolutionalInput
 from deepseek_jax.models.parts import RecurrentAttention as RecurrentAttention

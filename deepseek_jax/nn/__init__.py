@@ -29,12 +29,14 @@ from deepseek_jax.nn.dynamic_attention import (
 )
 from deepseek_jax.nn.dynamic_layer import DynamicAttention as DynamicAttention
 from deepseek_jax.nn.dynamic_layer import HashProjections as HashProjections
+from deepseek_jax.nn.feed_forward import GatedFeedForward as GatedFeedForward
 from deepseek_jax.nn.heads import AttentionPooling as AttentionPooling
 from deepseek_jax.nn.heads import ClassificationHead as ClassificationHead
 from deepseek_jax.nn.heads import Pooling as Pooling
 from deepseek_jax.nn.heads import pool_last as pool_last
 from deepseek_jax.nn.heads import pool_max as pool_max
 from deepseek_jax.nn.heads import pool_mean as pool_mean
+from deepseek_jax.nn.layer_stack import LayerStack as LayerStack
 from deepseek_jax.nn.lsh import BlockSummary as BlockSummary
 from deepseek_jax.nn.lsh import hash_buckets as hash_buckets
 from deepseek_jax.nn.lsh import hash_projections as hash_projections

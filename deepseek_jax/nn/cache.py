@@ -97,15 +97,25 @@ def fill_cache(
   k: Float[Array, "B T K H"],
   v: Float[Array, "B T K H"],
   projections: Float[Array, "rounds H bits"],
+  length: Int[Array, ""] | int | None = None,
 ) -> DecodeCache:
-  """Returns a cache that holds the first T tokens and nothing else."""
+  """Returns a cache that holds the first tokens and nothing else.
+
+  Args:
+    cache: of the right shape; what it holds is dropped.
+    k: keys.
+    v: values.
+    projections: that the keys are hashed with.
+    length: how many of the tokens count, at most T; all if None.
+  """
   time, block = k.shape[1], cache.block_size
+  length = jnp.asarray(time if length is None else length, jnp.int32)
   more = -time % block
   k, v = (
     jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, more), (0, 0)))
     for x in (k, v)
   )
-  valid = jnp.arange(time + more) < time
+  valid = jnp.arange(time + more) < length
   one = lambda k: summarize_blocks(k, projections, block, valid)
   summary: BlockSummary = jax.vmap(jax.vmap(one))(k)
   in_blocks = lambda x: x.reshape(*x.shape[:2], -1, block, x.shape[-1])
@@ -114,7 +124,7 @@ def fill_cache(
     v=_from_start(cache.v, in_blocks(v), 2),
     total=_from_start(cache.total, jnp.moveaxis(summary.total, 2, 4), 4),
     count=_from_start(cache.count, jnp.moveaxis(summary.count, 2, 4), 4),
-    length=jnp.full_like(cache.length, time),
+    length=length,
   )
 
 

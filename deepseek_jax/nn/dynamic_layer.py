@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -52,6 +51,7 @@ class DynamicAttention(nnx.Module):
   Trained from scratch it recalls less than full attention does: give it a
   `schedule` that starts full. It counts the calls in training mode itself.
 
+  >>> import jax
   >>> layer = DynamicAttention(16, block_size=4, window=8, rngs=nnx.Rngs(0))
   >>> layer(jnp.ones((2, 32, 16))).shape
   (2, 32, 16)
@@ -244,13 +244,18 @@ class DynamicAttention(nnx.Module):
     )  # fmt: skip
 
   def prefill(
-    self, tokens: Float[Array, "B T D"], cache: DecodeCache
+    self,
+    tokens: Float[Array, "B T D"],
+    cache: DecodeCache,
+    length: Int[Array, ""] | int | None = None,
   ) -> tuple[Float[Array, "B T D"], DecodeCache]:
     """Returns what a call returns without dropout, and a cache of the tokens.
 
     Args:
       tokens: the beginning of all rows, of the same length.
       cache: of `init_cache`; what it holds is dropped.
+      length: how many of the tokens count, the same in every row; all if None.
+        Later ones are padding, for fewer shapes to compile.
 
     Raises:
       ValueError: the cache has too few rows or too little room.
@@ -258,7 +263,7 @@ class DynamicAttention(nnx.Module):
     check_room(cache, tokens, 0)
     q, k, v = self._heads(tokens, None)
     read = self._project(self._read(q, k, v, None, tick=False))
-    return read, fill_cache(cache, k, v, self._directions())
+    return read, fill_cache(cache, k, v, self._directions(), length)
 
   def decode(
     self, token: Float[Array, "B 1 D"], cache: DecodeCache

@@ -1,0 +1,68 @@
+"""The gated feed-forward layer of a decoder."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from deepseek_jax.nn import checks
+from deepseek_jax.nn.activations import Activation, activation_layer
+
+
+class GatedFeedForward(nnx.Module):
+  """Each token by itself: y = W_out (a(W_gate x) · W_in x), without biases.
+
+  Where the activation a gives zero, nothing of the unit is needed: neither its
+  row of W_in nor its column of W_out. So the sparsity of a is the sparsity of
+  the layer.
+
+  >>> layer = GatedFeedForward(16, 48, rngs=nnx.Rngs(0))
+  >>> layer(jnp.ones((2, 5, 16))).shape
+  (2, 5, 16)
+
+  Args:
+    features: size of a token, of inputs and outputs, at least 1.
+    hidden: number of units, at least 1; 8/3 of `features` has the parameters of
+      a layer of 4 times `features` without a gate.
+    activation: a name in `nn.ACTIVATIONS` or `nn.SPARSE_ACTIVATIONS`, or a
+      function.
+    activation_options: arguments of a sparse activation.
+    dtype: of the computation and the result; parameters are float32.
+    rngs: stream "params".
+
+  Raises:
+    ValueError: a size is below 1, or the activation is unknown.
+
+  References:
+    Shazeer, "GLU Variants Improve Transformer", 2020,
+    https://arxiv.org/abs/2002.05202
+  """
+
+  def __init__(
+    self,
+    features: int,
+    hidden: int,
+    *,
+    activation: str | Activation = "silu",
+    activation_options: Mapping[str, Any] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    checks.require_positive(features=features, hidden=hidden)
+    linear = functools.partial(
+      nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs
+    )
+    self.gate = linear(features, hidden)
+    self.inward = linear(features, hidden)
+    self.outward = linear(hidden, features)
+    self.activation = activation_layer(
+      activation, hidden, options=activation_options, rngs=rngs
+    )
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Returns the tokens' images."""
+    return self.outward(self.activation(self.gate(x)) * self.inward(x))
