@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from deepseek_jax.data.dataset import Dataset
 from deepseek_jax.data.schema import unknown
 from deepseek_jax.data.text import check_length
-from deepseek_jax.data.tokenizers import Tokenizer, check_tokenizer
+from deepseek_jax.data.tokenizers import check_tokenizer
+from deepseek_jax.data.tokens import Tokenizer
 
 if TYPE_CHECKING:
   import tensorflow_datasets as tfds
@@ -97,6 +98,7 @@ def load(
     return reading_text.read(
       name,
       builder,
+      root=root,
       length=length,
       tokenizer=tokenizer,
       inputs=inputs,
@@ -160,5 +162,5 @@ def _known(root: Path) -> list[str]:
 
   names = set(tfds.list_builders(with_community_datasets=False))
   if root.is_dir():
-    names |= {path.name for path in root.iterdir() if path.is_dir()}
+    names |= {path.name for path in root.glob("[!.]*") if path.is_dir()}
   return ["digits", "python_text", *(f"tfds:{name}" for name in names)]

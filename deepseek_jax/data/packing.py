@@ -1,12 +1,15 @@
 """Documents of any length as rows of one length, without waste."""
 
+import operator
+import sys
 from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Int, Int32, Shaped
 
 from deepseek_jax.data.dataset import Columns
-from deepseek_jax.data.tokenizers import Tokenizer
+from deepseek_jax.data.progress import tracked
+from deepseek_jax.data.tokens import Tokenizer
 
 INPUT, TARGET = "tokens", "targets"
 
@@ -16,7 +19,7 @@ def pack(
   tokenizer: Tokenizer,
   *,
   name: str = "documents",
-  memory_limit: int = 2**30,
+  memory_limit: int = sys.maxsize,
 ) -> Shaped[np.ndarray, "N"]:
   """Returns one stream of tokens: separator, document, separator, document.
 
@@ -41,17 +44,25 @@ def pack(
   separator = np.array(tokenizer.separator, dtype).tobytes()
   # A bytearray grows in place, where a list of arrays would be held twice.
   stream = bytearray()
-  for tokens in tokenizer.encode_all(documents, name=name):
+  total = operator.length_hint(documents) or None
+  shown = tracked(documents, f"tokenizing {name}", total)
+  for tokens in tokenizer.encode_all(shown, name=name):
     stream += separator
     stream += tokens.astype(dtype).tobytes()
-    if len(stream) > memory_limit:
-      raise ValueError(
-        f"memory_limit must hold a split's tokens, those of {name!r} take more "
-        f"than {memory_limit=} bytes; raise it, or read a part of the data."
-      )
+    check_memory(len(stream), memory_limit, name=name)
   if not stream:
     raise ValueError(f"{name}: a split must hold at least one text, got 0.")
   return np.frombuffer(stream, dtype)
+
+
+def check_memory(num_bytes: int, memory_limit: int, *, name: str) -> None:
+  """Refuses a stream that takes too many bytes."""
+  if num_bytes > memory_limit:
+    raise ValueError(
+      f"memory_limit must hold the tokens of {name!r}, which take {num_bytes} "
+      f"bytes or more, got {memory_limit=}; raise it, or load a part of the "
+      "data by splits."
+    )
 
 
 class PackedReader:

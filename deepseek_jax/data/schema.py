@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deepseek_jax.data.tokenizers import Tokenizer, tokenizer_from_json
+from deepseek_jax.data.tokenizers import tokenizer_from_json
+from deepseek_jax.data.tokens import Tokenizer
 
 Kind = Literal["image", "label", "number", "tokens"]
 Task = Literal["classification", "regression", "language"]

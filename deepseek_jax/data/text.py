@@ -7,7 +7,8 @@ import numpy as np
 from deepseek_jax.data.dataset import Dataset, Split
 from deepseek_jax.data.packing import INPUT, TARGET, PackedReader, pack
 from deepseek_jax.data.schema import Feature, Schema
-from deepseek_jax.data.tokenizers import Tokenizer, make_tokenizer
+from deepseek_jax.data.tokenizers import check_tokenizer, make_tokenizer
+from deepseek_jax.data.tokens import Tokenizer
 
 Texts = Iterable[str | bytes]
 
@@ -53,7 +54,8 @@ def from_texts(
         f"{split} must be several texts, got one; put it into a list."
       )
   check_length(length)
-  texts["train"] = list(train)  # Read twice where a tokenizer is trained.
+  if isinstance(tokenizer, str) and check_tokenizer(tokenizer) is not None:
+    texts["train"] = list(train)  # Read twice.
   made = make_tokenizer(tokenizer, lambda: texts["train"])
   streams = {
     split: pack(documents, made, name=split)
