@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "deepseek_jax"
 README = (ROOT / "README.md").read_text()
 HEAVY = ["flax", "grain", "matplotlib", "orbax", "sklearn", "torch"]
-HEAVY += ["tensorflow", "tensorflow_datasets"]
+HEAVY += ["tensorflow", "tensorflow_datasets", "tokenizers"]
 
 
 def tracked_files() -> list[pathlib.Path]:

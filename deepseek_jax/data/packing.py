@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Int, Int32, Shaped
+from jaxtyping import Int32, Integer, Shaped
 
 from deepseek_jax.data.dataset import Columns
 from deepseek_jax.data.progress import tracked
@@ -116,7 +116,7 @@ class PackedReader:
     """Returns how many rows there are."""
     return self._rows
 
-  def take(self, indices: Int[np.ndarray, "*B"]) -> Columns:
+  def take(self, indices: Integer[np.ndarray, "*B"]) -> Columns:
     """Gathers the rows at `indices`, without a Python loop over them.
 
     Args:
@@ -146,7 +146,7 @@ class PackedReader:
 
 
 def segment_ids(
-  tokens: Int[np.ndarray, "*B T"], separator: int = 0
+  tokens: Integer[np.ndarray, "*B T"], separator: int = 0
 ) -> Int32[np.ndarray, "*B T"]:
   """Returns which of its row's documents each token belongs to.
 

@@ -59,7 +59,9 @@ def cached(path: Path, make: Callable[[], Encoded]) -> Encoded:
 def _read(path: Path) -> Encoded | None:
   """Returns what `_write` wrote, or `None` if it cannot be read."""
   try:
-    with np.load(path) as file:  # A zip: its checksums are compared.
+    # A zip, whose checksums are compared. NumPy alone would not close it if it
+    # is damaged.
+    with path.open("rb") as stored, np.load(stored) as file:
       tokenizer = tokenizer_from_json(file["tokenizer"].tobytes().decode())
       return Encoded(tokenizer, {split: file[split] for split in _SPLITS})
   except FileNotFoundError:

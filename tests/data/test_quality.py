@@ -5,6 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from deepseek_jax import data
+from deepseek_jax.data.quality import check_columns
 
 
 def good(num: int = 12) -> dict[str, np.ndarray]:
@@ -137,3 +138,29 @@ def test_bad_files_are_refused_when_they_are_read(
 
   with pytest.raises(ValueError, match="train: 'area' must be finite, got nan"):
     read()
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "message"),
+  [
+    ("tokens", -1, r"'tokens' must be in \[0, 9\), got -1 at example 1"),
+    ("tokens", 9, r"'tokens' must be in \[0, 9\), got 9 at example 1"),
+    ("targets", -2, r"'targets' must be in \[-1, 9\), got -2 at example 1"),
+    ("targets", 9, r"'targets' must be in \[-1, 9\), got 9 at example 1"),
+  ],
+)
+def test_tokens_must_be_of_the_vocabulary(name, value, message):
+  feature = data.Feature(kind="tokens", shape=(2,), dtype="int32", vocab_size=9)
+  schema = data.Schema(
+    features={"tokens": feature, "targets": feature},
+    inputs=("tokens",),
+    target="targets",
+  )
+  columns = {
+    "tokens": np.array([[0, 8]] * 3),
+    "targets": np.array([[8, -1]] * 3),
+  }
+  check_columns(columns, schema, split="train")
+  columns[name] = put(columns[name], (1, 1), value)
+  with pytest.raises(ValueError, match=f"train: {message}"):
+    check_columns(columns, schema, split="train")

@@ -94,3 +94,57 @@ def test_numbers_without_a_range_keep_their_values():
     data.Feature(kind="number", dtype="int64").to_batch(np.arange(5)),
     np.arange(5, dtype=np.float32),
   )
+
+
+def language(**change) -> data.Schema:
+  tokens = {"kind": "tokens", "shape": (8,), "vocab_size": 256}
+  features = {
+    "tokens": data.Feature(
+      **{**tokens, "dtype": "uint8", "tokenizer": "bytes", **change}
+    ),
+    "targets": data.Feature(**tokens, dtype="int32"),
+  }
+  return data.Schema(features=features, inputs=("tokens",), target="targets")
+
+
+def test_a_schema_of_tokens_says_what_is_learned_and_how_to_read_it():
+  schema = language()
+  assert schema.task == "language"
+  assert schema.vocab_size == 256
+  assert schema.tokenizer == data.ByteTokenizer()
+  assert schema.num_classes is schema.class_names is None
+  assert schema.input_shapes == {"tokens": (8,)}
+  assert data.Schema.from_json(schema.to_json()) == schema
+  assert language(tokenizer=None).tokenizer is None
+
+
+@pytest.mark.parametrize(
+  ("target", "task"), [("label", "classification"), ("weight", "regression")]
+)
+def test_other_schemas_have_no_vocabulary(target, task):
+  schema = classes(target=target)
+  assert schema.task == task
+  assert schema.vocab_size is schema.tokenizer is None
+  # Runs of a version that knew no tokens are told by their schema's text.
+  assert "vocab_size" not in schema.to_json()
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"shape": (8, 1)}, r"shape \(length,\), got shape=\(8, 1\)"),
+    ({"shape": (0,)}, r"got shape=\(0,\)"),
+    ({"dtype": "float32"}, "tokens must be integers, got dtype='float32'"),
+    (
+      {"vocab_size": None},
+      "vocab_size must be at least 2, got vocab_size=None",
+    ),
+    ({"vocab_size": 255}, "that of the tokenizer, 256, got vocab_size=255"),
+    ({"tokenizer": "words"}, "must be a tokenizer written by to_json"),
+    ({"shape": (9,)}, "inputs must be one feature of tokens, of the shape"),
+    ({"kind": "number"}, "vocab_size and tokenizer must be None for 'number'"),
+  ],
+)
+def test_impossible_tokens_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    language(**change)
