@@ -140,7 +140,7 @@ def test_a_batch_is_int32_and_its_own():
   ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(documents, st.integers(1, 8), st.integers(0, 5))
 def test_a_restored_stream_continues_as_the_unbroken_one(some, length, done):
   split = data.from_texts(some, [b"v"], [b"t"], length=length).train
