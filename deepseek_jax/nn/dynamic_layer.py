@@ -319,9 +319,7 @@ class DynamicAttention(nnx.Module):
     if self.rotary_base is None:
       return q, k, v
     if positions is None:
-      positions = jnp.broadcast_to(
-        jnp.arange(tokens.shape[1]), tokens.shape[:2]
-      )
+      positions = jnp.arange(tokens.shape[1])[None]
     turn = lambda x: rotate_by_position(x, positions, self.rotary_base)
     return turn(q), turn(k), v
 

@@ -9,6 +9,10 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.kernels.block_sparse_attention import api as kernel
 from deepseek_jax.kernels.block_sparse_attention import window_weight
 
+_SHORT = 1024  # Tokens up to which stripes are faster than blocks.
+_STRIPE = 128  # Rows of one.
+_LEAST = -1e30  # Finite, so that a row that sees nothing stays finite.
+
 
 def full_attention(
   q: Float[Array, "B T N H"],
@@ -28,8 +32,9 @@ def full_attention(
 
   Faster where most blocks would be chosen anyway, as in the first steps of
   training. Without a `span` it computes what `jax.nn.dot_product_attention`
-  does, as one window over everything: block by block, in memory linear in T.
-  A `span` fades the keys of the window and not those beyond, as if these were
+  does, as one window over everything: block by block, in memory linear in T;
+  short causal sequences on CPU in stripes of rows, each up to its last key. A
+  `span` fades the keys of the window and not those beyond, as if these were
   chosen; that is computed with all T² logits, which are recomputed on the way
   back.
 
@@ -60,6 +65,9 @@ def full_attention(
     )
     return jax.checkpoint(faded)(q, k, v, segment_ids, span, offset)
   batch, time, kv_heads, _ = k.shape
+  on_cpu = implementation is None and jax.default_backend() == "cpu"
+  if on_cpu and is_causal and time <= _SHORT:
+    return _striped_attention(q, k, v, segment_ids)
   everything = -(-time // block_size) * block_size
   return kernel.attend(
     q,
@@ -73,6 +81,43 @@ def full_attention(
     scale=None,
     implementation=implementation,
   )
+
+
+def _striped_attention(
+  q: Array, k: Array, v: Array, segment_ids: Array | None
+) -> Array:
+  """Returns causal attention, rows by rows, all heads of a stripe at once."""
+  batch, time, heads, size = q.shape
+  q = (q * size**-0.5).reshape(batch, time, k.shape[2], -1, size)
+  q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+  read = []
+  for first in range(0, time, _STRIPE):
+    last = min(first + _STRIPE, time)
+    seen = jnp.arange(first, last)[:, None] >= jnp.arange(last)[None]
+    seen = seen[None, None, None]
+    if segment_ids is not None:
+      rows, keys = segment_ids[:, first:last, None], segment_ids[:, None, :last]
+      seen &= ((rows == keys) & (rows >= 0))[:, None, None]
+    logits = jnp.einsum(
+      "bkgqh,bkth->bkgqt", q[:, :, :, first:last], k[:, :, :last],
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    logits = jnp.where(seen, logits, _LEAST)
+    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    p = jnp.exp(logits - peak)
+    # Divided last, where there are H numbers a row and not as many as keys.
+    total = p.sum(-1, keepdims=True)
+    found = jnp.einsum(
+      "bkgqt,bkth->bkgqh", p.astype(v.dtype), v[:, :, :last],
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    read.append((found / total).astype(q.dtype))
+  out = jnp.concatenate(read, axis=3).transpose(0, 3, 1, 2, 4)
+  out = out.reshape(batch, time, heads, size)
+  if segment_ids is None:
+    return out
+  return jnp.where((segment_ids >= 0)[:, :, None, None], out, 0)
 
 
 def _faded_attention(

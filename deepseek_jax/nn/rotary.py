@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 def rotate_by_position(
   x: Float[Array, "B T N H"],
-  positions: Int[Array, "B T"],
+  positions: Int[Array, "#B T"],
   base: int | float = 10_000.0,
 ) -> Float[Array, "B T N H"]:
   """Turns vectors by angles that grow with their position.
