@@ -220,6 +220,17 @@ class LanguageModel(nnx.Module):
       grown.append(cache)
     return self._logits(x)[:, 0], grown
 
+  def looped(self) -> "LanguageModel":
+    """Returns this model, or one whose scanned layers are cut out one by one.
+
+    The same function of the same values, faster token by token.
+    """
+    if not self.layers.scan:
+      return self
+    model = nnx.clone(self)
+    model.layers = nn.LayerStack(self.layers.unstacked())
+    return model
+
   def _embed(self, tokens):
     return self.embedding(tokens) * self.scale
 

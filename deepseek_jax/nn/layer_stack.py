@@ -1,6 +1,6 @@
 """Layers one after the other: as a loop, or one compiled body for all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -67,20 +67,23 @@ class LayerStack(nnx.Module):
       x: what the first layer takes.
       *shared: further arguments of every layer.
     """
-    structures, params, rests = zip(*map(_split, self.layers), strict=True)
-    steps = [_pure(structure, self.remat) for structure in structures]
+    if not (self.scan or self.remat):
+      for layer in self.layers:
+        x = layer(x, *shared)
+      return x
+    calls = [_Call(layer, self.remat) for layer in self.layers]
 
     def body(x, state):
       left = []
-      for step, layer in zip(steps, zip(*state, strict=True), strict=True):
-        x, rest = step(*layer, x, *shared)
+      for call, arrays in zip(calls, state, strict=True):
+        x, rest = call(arrays, x, *shared)
         left.append(rest)
       return x, left
 
     run = jax.lax.scan if self.scan else lambda body, *args: body(*args)
-    x, rests = run(body, x, (params, rests))
-    for layer, rest in zip(self.layers, rests, strict=True):
-      nnx.update(layer, rest)
+    x, left = run(body, x, [call.arrays for call in calls])
+    for call, rest in zip(calls, left, strict=True):
+      call.keep(rest)
     return x
 
   def unstacked(self) -> list[nnx.Module]:
@@ -108,15 +111,37 @@ def _arrays(state: Any) -> Any:
   return nnx.to_pure_dict(nnx.as_pure(state))
 
 
-def _pure(structure: nnx.GraphDef, remat: bool) -> Callable[..., Any]:
-  """Returns a layer as a function (params, rest, x) -> (x, rest)."""
+class _Call:
+  """A layer as a function (arrays, x) -> (x, what it changed of the arrays)."""
 
-  def step(params, rest, x, *shared):
-    layer = nnx.merge(structure, params, rest)
+  def __init__(self, layer: nnx.Module, remat: bool):
+    self._layer = layer
+    self._structure, *self.arrays = _split(layer)
+    self._step = jax.checkpoint(self._pure) if remat else self._pure
+
+  def __call__(self, arrays: Any, x: Any, *shared: Any) -> tuple[Any, Any]:
+    return self._step(arrays, x, *shared)
+
+  def _pure(self, arrays, x, *shared):
+    layer = nnx.merge(self._structure, *arrays)
     x = layer(x, *shared)
-    return x, _split(layer)[2]
+    old, tree = jax.tree.flatten(arrays[1])
+    new = jax.tree.leaves(_split(layer)[2])
+    self._tree = tree
+    # Only what the layer wrote comes back, so that a layer that writes nothing,
+    # as in evaluation, may be called inside of any transformation.
+    self._written = [a is not b for a, b in zip(old, new, strict=True)]
+    changed = zip(new, self._written, strict=True)
+    return x, [leaf for leaf, written in changed if written]
 
-  return jax.checkpoint(step) if remat else step
+  def keep(self, changed: Sequence[jax.Array]) -> None:
+    """Writes to the layer what a call has changed."""
+    if not changed:
+      return
+    fresh = iter(changed)
+    leaves = zip(jax.tree.leaves(self.arrays[1]), self._written, strict=True)
+    rest = [next(fresh) if written else leaf for leaf, written in leaves]
+    nnx.update(self._layer, jax.tree.unflatten(self._tree, rest))
 
 
 def _stacked(layers: Sequence[nnx.Module], first: int) -> nnx.Module:
