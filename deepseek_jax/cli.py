@@ -1,4 +1,4 @@
-"""The command line: `deepseek-jax train FILE.py`, `evaluate RUN`, `report RUN`.
+"""The command line: `deepseek-jax train FILE.py`, `evaluate RUN`, and so on.
 
 Exit codes: 0 done; 2 the input was wrong (one line says how); 3 the loss stayed
 non-finite; 4 a file could not be written; 75 stopped by SIGTERM or
@@ -40,7 +40,12 @@ def main(args: Sequence[str] | None = None) -> int:
     # Until the training loop listens itself, SIGTERM is as good as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
   args = list(args)
-  commands = {"train": train, "evaluate": evaluate, "report": report}
+  commands = {
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
+    "report": report,
+  }
   _check_command(args, commands)
   try:
     # `train FILE` has the flags of FILE's experiment, which tyro cannot know
@@ -101,6 +106,8 @@ def train(
     )
     return STOPPED
   _print_metrics(result.metrics)
+  if summary := experiment.summary(result.workdir):
+    print(summary)
   from deepseek_jax.train.report import write_report
 
   print(f"report: {write_report(result.workdir)}")
@@ -135,13 +142,60 @@ def evaluate(
   """
   from deepseek_jax import train as train_lib
 
-  kind = train_lib.Experiment if file is None else type(_load_experiment(file))
+  kind = None if file is None else type(_load_experiment(file))
   print(
     json.dumps(
       train_lib.evaluate(run, split=split, kind=kind, data_dir=data_dir),
       indent=2,
     )
   )
+  return OK
+
+
+def generate(
+  run: tyro.conf.Positional[pathlib.Path],
+  prompt: str = "",
+  num_tokens: int = 300,
+  temperature: float = 0.8,
+  top_p: float = 0.95,
+  seed: int = 0,
+  file: pathlib.Path | None = None,
+) -> int:
+  """Print text that the language model of RUN writes.
+
+  Args:
+    run: A run directory that `train` wrote.
+    prompt: Where to begin; nothing is the beginning of a document.
+    num_tokens: How many tokens to add, at most.
+    temperature: Divides the logits; 0 takes the likeliest token.
+    top_p: Draws from the likeliest tokens of this probability, in (0, 1].
+    seed: Of the draws.
+    file: The experiment's file, when it defines classes of its own.
+  """
+  import jax
+
+  from deepseek_jax import models
+  from deepseek_jax import train as train_lib
+
+  kind = None if file is None else type(_load_experiment(file))
+  _, model = train_lib.load_model(run, kind=kind)
+  if not isinstance(model, models.LanguageModel):
+    raise ValueError(
+      f"run must be of a language model, got one of {type(model).__name__}."
+    )
+  tokenizer = train_lib.tokenizer_of(run)
+  print(prompt, end="", flush=True)
+  for part in train_lib.write(
+    model,
+    tokenizer,
+    prompt,
+    num_tokens,
+    temperature=temperature,
+    top_p=top_p,
+    key=jax.random.key(seed),
+  ):
+    print(part, end="", flush=True)
+  print()
   return OK
 
 

@@ -89,6 +89,34 @@ class Split:
     """Returns the stored columns at an index, a slice or a list of them."""
     return self.take(np.asarray(np.arange(len(self))[indices]))
 
+  def thinned(self, size: int) -> "Split":
+    """Returns so many examples of this split, evenly spaced.
+
+    Args:
+      size: In [1, len(split)].
+
+    Raises:
+      ValueError: If the size is out of its range.
+    """
+    if not 1 <= size <= len(self):
+      raise ValueError(f"size must be in [1, {len(self)}], got {size=}.")
+    chosen = np.arange(size) * len(self) // size
+    return dataclasses.replace(self, reader=_Part(self.reader, chosen))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+  """Some of the examples of a reader."""
+
+  reader: Reader
+  chosen: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.chosen)
+
+  def take(self, indices: np.ndarray) -> Columns:
+    return self.reader.take(self.chosen[indices])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:

@@ -280,7 +280,9 @@ class DecoderLayer(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    options = {"num_remote": None} if attention == "full" else {}
+    options: dict[str, Any] = dict(attention_options or {})
+    if attention == "full":
+      options["num_remote"] = None
     self.attention_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
     self.attention = nn.DynamicAttention(
       features,
@@ -292,7 +294,7 @@ class DecoderLayer(nnx.Module):
       use_bias=False,
       dtype=dtype,
       rngs=rngs,
-      **{**options, **(attention_options or {})},
+      **options,
     )
     self.feed_forward_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
     self.feed_forward = nn.GatedFeedForward(

@@ -34,6 +34,8 @@ from deepseek_jax.nn.lsh import hash_projections
 from deepseek_jax.nn.rotary import check_rotary, rotate_by_position
 from deepseek_jax.nn.window import LearnedWindow
 
+_NO_CHOICE: Selection = "none"
+
 
 class HashProjections(nnx.Variable):
   """Directions that keys are hashed along: drawn once, never trained."""
@@ -124,8 +126,8 @@ class DynamicAttention(nnx.Module):
     head_dim = checks.head_size(features, num_heads, num_kv_heads, head_dim)
     checks.require_fraction(dropout=dropout)
     kernel.make_layout(block_size, window, is_causal, ramp)
-    if num_remote is None:
-      selection = "none"  # Nothing is left to choose.
+    if num_remote is None:  # Nothing is left to choose.
+      selection = _NO_CHOICE
     check_choice(selection, num_remote or 0, num_hashes, hash_bits)
     if two_level is not None:
       check_flag(two_level=two_level)

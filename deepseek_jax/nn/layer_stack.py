@@ -86,7 +86,7 @@ class LayerStack(nnx.Module):
       call.keep(rest)
     return x
 
-  def unstacked(self) -> list[nnx.Module]:
+  def unstacked(self) -> list[Any]:
     """Returns all layers one by one, those of a scan as cut out copies."""
     if not self.scan:
       return list(self.layers)

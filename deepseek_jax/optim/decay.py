@@ -8,7 +8,8 @@ import optax
 from jaxtyping import Array
 
 from deepseek_jax.core import require_in
-from deepseek_jax.core.typing import Count, PyTree, Scalar
+from deepseek_jax.core.tree import match_rules
+from deepseek_jax.core.typing import Count, PyTree, Rules, Scalar
 from deepseek_jax.optim.rates import check_rate
 
 
@@ -97,13 +98,24 @@ def decay_weights(
   return optax.masked(tx, matrices if mask is None else mask)
 
 
-def matrices(params: PyTree) -> PyTree:
+def matrices(params: PyTree, stacked: Rules[int] = ()) -> PyTree:
   """Returns the mask of the leaves with two or more dimensions.
+
+  Args:
+    params: A tree of arrays.
+    stacked: Rules for leading axes that do not count, such as the one of layers
+      in front of what a scan runs over; see `deepseek`.
 
   >>> matrices({"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)})
   {'bias': False, 'kernel': True}
+  >>> matrices({"layers": {"bias": jnp.zeros((3, 2))}}, [("layers/.*", 1)])
+  {'layers': {'bias': False}}
   """
-  return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
+  return jax.tree.map(
+    lambda leaf, count: jnp.ndim(leaf) - count >= 2,
+    params,
+    match_rules(stacked, params, default=0),
+  )
 
 
 def _shrink_leaf(

@@ -6,6 +6,8 @@ Library classes take plain arguments and never see a configuration.
 
 import dataclasses
 import difflib
+import functools
+import pathlib
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
@@ -132,6 +134,8 @@ class Optimizer:
   layer_rules: tuple[tuple[str, float], ...] = ()
   # Exponent of the loss-adaptive scale; 0 turns it off.
   loss_power: float = 0.0
+  # (path pattern, axes) of parameters that are stacks, such as scanned layers.
+  stacked: tuple[tuple[str, int], ...] = ()
   # Of "deepseek" alone, its own default when None: width of the average that is
   # evaluated and saved, as a fraction of the run so far; 0 turns it off.
   average: float | None = None
@@ -165,6 +169,7 @@ class Optimizer:
       warmup_steps=self.warmup_steps,
       weight_decay=self.weight_decay,
       layer_rules=self.layer_rules or None,
+      stacked=self.stacked,
       loss_power=self.loss_power,
       **own,
     )
@@ -179,7 +184,8 @@ class Optimizer:
       )
     parts = [optim.zero_non_finite(), optax.scale_by_adam()]
     if self.weight_decay:
-      parts.append(optax.add_decayed_weights(self.weight_decay, optim.matrices))
+      mask = functools.partial(optim.matrices, stacked=self.stacked)
+      parts.append(optax.add_decayed_weights(self.weight_decay, mask))
     if self.layer_rules:
       parts.append(optim.scale_by_layer(self.layer_rules))
     if self.loss_power:
@@ -248,12 +254,19 @@ class Experiment:
     """Returns the model with its initial weights."""
     return self.model.build(schema, nnx.Rngs(self.seed))
 
+  def build_optimizer(self, total_steps: int) -> optax.GradientTransformation:
+    """Returns the transform for a run of so many steps."""
+    return self.optimizer.build(total_steps)
+
   def build_loss(self, schema: data_lib.Schema) -> losses.Loss:
-    """Returns the loss for labels, or for numbers."""
-    if schema.num_classes is None:
+    """Returns the loss for labels, for tokens, or for numbers."""
+    smoothing = self.train.label_smoothing
+    if schema.task == "language":
+      return losses.TokenCrossEntropy(label_smoothing=smoothing)
+    if schema.task == "regression":
       return losses.MeanSquaredError()
     return losses.CrossEntropy(
-      label_smoothing=self.train.label_smoothing,
+      label_smoothing=smoothing,
       class_weights=self.train.class_weights,
     )
 
@@ -274,7 +287,7 @@ class Experiment:
       del options[name]  # Parts of the loss.
     return fit(
       self.build_model(data.schema),
-      self.optimizer.build(total),
+      self.build_optimizer(total),
       data,
       workdir=self.workdir,
       batch_size=self.data.batch_size,
@@ -284,10 +297,16 @@ class Experiment:
       **options,
     )
 
+  def summary(self, workdir: pathlib.Path) -> str:
+    """Returns what else to print at the end of a run, lines of text."""
+    del workdir
+    return ""
+
 
 # Fields that may differ between two starts of one run.
 _FREE = {
   "workdir": None,
+  "samples": None,
   "data": ("data_dir",),
   "train": ("checkpoint_seconds", "progress", "tensorboard"),
 }
@@ -299,7 +318,7 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
   fields["kind"] = type(experiment).__name__
   for name, free in _FREE.items():
     if free is None:
-      del fields[name]
+      fields.pop(name, None)
     else:
       fields[name] = {k: v for k, v in fields[name].items() if k not in free}
   return fields

@@ -13,6 +13,7 @@ from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.step import StepSpec, jit_once, make_eval_step
 
 _ROWS = 512
+_TOKENS = 16_384  # Of a batch of text; beyond, activations leave the caches.
 
 
 def batch_rows(placement: Placement, *splits: data_lib.Split) -> int:
@@ -22,6 +23,9 @@ def batch_rows(placement: Placement, *splits: data_lib.Split) -> int:
     ValueError: If a split has fewer examples than there are devices.
   """
   rows = min(_ROWS, *map(len, splits))
+  if splits[0].schema.task == "language":
+    length = splits[0].schema.target_feature.shape[0]
+    rows = min(rows, max(_TOKENS // length, placement.mesh.size))
   shared = rows - rows % placement.mesh.size
   if not shared:
     raise ValueError(
@@ -86,7 +90,7 @@ class Evaluator:
 
   def _empty(self) -> metrics_lib.Metrics:
     return jax.device_put(
-      metrics_lib.empty(self._spec.classification), self._placement.replicated
+      metrics_lib.empty(self._spec.task), self._placement.replicated
     )
 
   def _batches(self, split: data_lib.Split) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from deepseek_jax import data as data_lib
+from deepseek_jax.data.schema import Task
 from deepseek_jax.train import losses as losses_lib
+from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
 from deepseek_jax.train.loop import Schedule, total_steps
@@ -97,8 +99,9 @@ def fit(
 
   Args:
     model: Any NNX module; called as `model(*inputs)` with the inputs the data's
-      schema names, it returns logits [B, classes] or numbers [B] or [B, 1]. It
-      is given the best weights at the end, and left in evaluation mode.
+      schema names, it returns logits [B, classes] or numbers [B] or [B, 1], for
+      text logits [B, T, vocabulary]. It is given the best weights at the end,
+      and left in evaluation mode.
     tx: Any Optax transform; the loss reaches it as `value`.
     data: Splits and schema, from `data.load` or `data.from_arrays`.
     workdir: Run directory: missing, empty or left by the same call.
@@ -108,13 +111,14 @@ def fit(
     accumulate: Micro-batches a step is cut into, to save memory; must divide
       `batch_size`. The loss stays the mean over the whole batch.
     seed: Seed of the order of examples. The model's own seeds are its `rngs`.
-    loss: Loss per example; cross entropy for labels and mean squared error for
-      numbers when None.
+    loss: Loss per example; cross entropy for labels and tokens, mean squared
+      error for numbers when None.
     l1: Strength of the L1 penalty on weights, at least 0.
     l2: Strength of the L2 penalty on weights, at least 0.
     clip_norm: Global norm to which gradients are clipped, positive; None: not.
     monitor: Metric that decides which weights are best: "validation/loss", or
-      "validation/accuracy" ("validation/rmse" for numbers).
+      "validation/accuracy" ("validation/rmse" for numbers; also
+      "validation/bits_per_byte" for text).
     mode: "min" or "max"; None chooses by the metric.
     patience: Evaluations without improvement that end the run; None: never.
     min_delta: What counts as an improvement, in the metric's unit.
@@ -169,7 +173,7 @@ def fit(
     l2=l2,
     max_skipped=max_skipped,
   )
-  _check_monitor(monitor, spec.classification)
+  _check_monitor(monitor, spec.task)
   stopping = EarlyStopping(
     monitor=monitor, patience=patience, min_delta=min_delta, mode=mode
   )
@@ -256,9 +260,8 @@ def _check_sizes(
     raise ValueError(f"clip_norm must be positive or None, got {clip_norm=}.")
 
 
-def _check_monitor(monitor: str, classification: bool) -> None:
-  second = "accuracy" if classification else "rmse"
-  known = ["validation/loss", f"validation/{second}"]
+def _check_monitor(monitor: str, task: Task) -> None:
+  known = [f"validation/{name}" for name in ("loss", *metrics_lib.KINDS[task])]
   if monitor not in known:
     near = difflib.get_close_matches(monitor, known, n=1, cutoff=0.0)[0]
     raise ValueError(

@@ -109,6 +109,55 @@ class CrossEntropy:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenCrossEntropy:
+  """Softmax cross entropy of every next token, in nats.
+
+  An example is a row of tokens; its loss is the mean over the tokens it has to
+  predict, and its weight is their number, so a batch has the mean over all its
+  tokens, whatever is padding. A target of -1 is not predicted.
+
+  Args:
+    label_smoothing: As in `CrossEntropy`.
+
+  Raises:
+    ValueError: If an argument is out of its range.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> loss, targets = TokenCrossEntropy(), jnp.array([[3, -1], [0, 1]])
+    >>> loss(jnp.zeros((2, 2, 4)), targets).round(3), loss.weights(targets)
+    (Array([1.386, 1.386], dtype=float32), Array([1., 2.], dtype=float32))
+  """
+
+  label_smoothing: float = 0.0
+
+  def __post_init__(self):
+    """Checks the arguments."""
+    if not 0 <= self.label_smoothing < 1:
+      raise ValueError(
+        f"label_smoothing must be in [0, 1), got {self.label_smoothing=}."
+      )
+
+  def __call__(
+    self, outputs: Float[Array, "B T V"], targets: Int[Array, "B T"]
+  ) -> Float[Array, "B"]:
+    """Returns the mean cross entropy of each row; 0 where none is wanted."""
+    outputs = outputs.astype(jnp.float32)
+    wanted = jnp.maximum(targets, 0)[..., None]
+    total = jax.nn.logsumexp(outputs, axis=-1)
+    loss = total - jnp.take_along_axis(outputs, wanted, axis=-1)[..., 0]
+    if self.label_smoothing:
+      smooth = total - jnp.mean(outputs, axis=-1)
+      loss += self.label_smoothing * (smooth - loss)
+    loss = jnp.where(targets >= 0, loss, 0)
+    return loss.sum(axis=1) / jnp.maximum(self.weights(targets), 1)
+
+  def weights(self, targets: Int[Array, "B T"]) -> Float[Array, "B"]:
+    """Returns how many tokens each row has to predict."""
+    return jnp.sum(targets >= 0, axis=1, dtype=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanSquaredError:
   """Mean over an example's outputs of the squared difference.
 

@@ -7,33 +7,41 @@ import jax
 import jax.numpy as jnp
 import metrax
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
+
+from deepseek_jax.data.schema import Task
 
 # Name -> a metrax metric, a small tree of sums that merges.
 Metrics = dict[str, Any]
 
 
-def empty(classification: bool) -> Metrics:
+# What is counted beside the loss, for each kind of task.
+KINDS = {
+  "classification": {"accuracy": metrax.Accuracy},
+  "regression": {"rmse": metrax.RMSE},
+  "language": {"accuracy": metrax.Accuracy, "bits_per_byte": metrax.Average},
+}
+
+
+def empty(task: Task) -> Metrics:
   """Returns metrics that have seen nothing.
 
   Args:
-    classification: Whether outputs are class logits; then accuracy is counted
-      beside the loss, otherwise the root mean squared error.
+    task: "classification" counts accuracy beside the loss, "regression" the
+      root mean squared error, "language" the accuracy and the bits that the
+      loss is worth for each byte of text.
 
   Examples:
-    >>> sorted(empty(classification=True))
+    >>> sorted(empty("classification"))
     ['accuracy', 'loss']
   """
-  second = (
-    {"accuracy": metrax.Accuracy} if classification else {"rmse": metrax.RMSE}
-  )
   # Every metric gets arrays of its own: the step donates them, and a buffer
   # may be donated only once.
   return {
     name: jax.tree.map(
       lambda x: jnp.zeros(jnp.shape(x), jnp.float32), kind.empty()
     )
-    for name, kind in {"loss": metrax.Average, **second}.items()
+    for name, kind in {"loss": metrax.Average, **KINDS[task]}.items()
   }
 
 
@@ -44,32 +52,44 @@ def measure(
   *,
   weights: Float[Array, "B"],
   mask: Float[Array, "B"],
-  classification: bool,
+  task: Task,
+  token_bytes: Int[np.ndarray, "V"] | None = None,
 ) -> Metrics:
   """Returns the metrics of one batch; padded rows (mask 0) count nothing.
 
   Args:
     losses: Loss of each example.
     outputs: What the model returned: logits, or predictions.
-    targets: Integer labels, or numbers.
+    targets: Integer labels, numbers, or tokens with -1 for none.
     weights: Weight of each example in the mean loss, padding included as 0.
     mask: 1 for a real row, 0 for padding; accuracy and error count rows, not
       class weights.
-    classification: As in `empty`.
+    task: As in `empty`.
+    token_bytes: Bytes of text a token stands for; None for one each.
   """
   # A padded row repeats a real one, so its loss is finite and 0 * loss is 0.
   result: Metrics = {
     "loss": metrax.Average.from_model_output(losses, weights),
   }
-  if classification:
-    result["accuracy"] = metrax.Accuracy.from_model_output(
-      jnp.argmax(outputs, axis=-1), targets, mask
-    )
-  else:
+  if task == "regression":
     flat = outputs.astype(jnp.float32).reshape(outputs.shape[0], -1)
     wanted = targets.astype(jnp.float32).reshape(flat.shape)
     result["rmse"] = metrax.RMSE.from_model_output(
       flat, wanted, jnp.broadcast_to(mask[:, None], flat.shape)
+    )
+  else:
+    if task == "language":
+      mask = mask[:, None] * (targets >= 0)
+      sizes = (
+        mask
+        if token_bytes is None
+        else mask * jnp.asarray(token_bytes)[targets]
+      )
+      result["bits_per_byte"] = metrax.Average(
+        total=jnp.sum(weights * losses) / np.log(2), count=jnp.sum(sizes)
+      )
+    result["accuracy"] = metrax.Accuracy.from_model_output(
+      jnp.argmax(outputs, axis=-1), targets, mask
     )
   return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), result)
 

@@ -11,18 +11,23 @@ from flax import nnx
 
 from deepseek_jax import data as data_lib
 from deepseek_jax.train import config as config_lib
-from deepseek_jax.train import run_directory
+from deepseek_jax.train import language, run_directory
 from deepseek_jax.train import state as state_lib
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.evaluation import Evaluator, batch_rows
 from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.step import StepSpec
 
+_OWN = {
+  kind.__name__: kind
+  for kind in (config_lib.Experiment, language.LanguageExperiment)
+}
+
 
 def load_model(
   workdir: str | os.PathLike,
   *,
-  kind: type[config_lib.Experiment] = config_lib.Experiment,
+  kind: type[config_lib.Experiment] | None = None,
 ) -> tuple[config_lib.Experiment, nnx.Module]:
   """Returns the experiment of a run and its model with the best weights.
 
@@ -47,7 +52,9 @@ def load_model(
       "the model in Python and call fit with the same arguments instead."
     )
   fields = dict(asked["config"])
-  if (made_by := fields.pop("kind", None)) != kind.__name__:
+  made_by = fields.pop("kind", None)
+  kind = _OWN.get(made_by, config_lib.Experiment) if kind is None else kind
+  if made_by != kind.__name__:
     raise ValueError(
       f"{path} was written by an experiment of class {made_by}, got "
       f"{kind.__name__}; name the file that defines it (`--file FILE.py`)."
@@ -67,6 +74,22 @@ def load_model(
   return dataclasses.replace(experiment, workdir=str(workdir)), model
 
 
+def tokenizer_of(workdir: str | os.PathLike) -> data_lib.Tokenizer:
+  """Returns the tokenizer of a run of a language model.
+
+  Args:
+    workdir: A run directory.
+
+  Raises:
+    ValueError: If the run is not of text.
+  """
+  asked = run_directory.read_json(pathlib.Path(workdir) / "run.json")
+  tokenizer = data_lib.Schema.from_json(json.dumps(asked["schema"])).tokenizer
+  if tokenizer is None:
+    raise ValueError(f"{workdir} must be a run on text, its data has none.")
+  return tokenizer
+
+
 def _best_step(path: pathlib.Path, checkpoints: Checkpoints) -> int:
   """Returns the step that a run's end, or its latest checkpoint, calls best."""
   if (path / "result.json").exists():
@@ -80,7 +103,7 @@ def evaluate(
   workdir: str | os.PathLike,
   *,
   split: Literal["train", "validation", "test"] = "test",
-  kind: type[config_lib.Experiment] = config_lib.Experiment,
+  kind: type[config_lib.Experiment] | None = None,
   data_dir: str | None = None,
 ) -> dict[str, float]:
   """Returns the metrics of a run's best weights on a split.

@@ -21,6 +21,7 @@ from deepseek_jax.optim.averaging import averaged_params
 from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train import run_directory
 from deepseek_jax.train import state as state_lib
+from deepseek_jax.train.blas import one_blas_thread
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
 from deepseek_jax.train.evaluation import Evaluator, batch_rows, predictions
@@ -70,7 +71,7 @@ class Session:
     self._placement = placement
     self._batch_size = batch_size
     self.state = jax.device_put(
-      state_lib.create(model, tx, classification=spec.classification),
+      state_lib.create(model, tx, task=spec.task),
       placement.replicated,
     )
     self._check_model(evaluation)
@@ -138,7 +139,7 @@ class Session:
       progress=progress,
       tensorboard=tensorboard,
     )
-    with contextlib.closing(monitor):
+    with contextlib.closing(monitor), one_blas_thread():
       if seconds:
         monitor.say(f"going on from step {int(self.state.step)} in {run.path}")
       loop = Loop(
@@ -217,17 +218,25 @@ class Session:
       value = stopping.best
       return {} if value is None else {stopping.monitor: value}
     data, spec = self._data, self._spec
-    outputs, targets = self.evaluator.predict(params, rest, data.test)
-    found = predictions(
-      outputs, targets, data.test, classification=spec.classification
-    )
-    partial = run.path / "predictions.partial.npz"
-    np.savez(partial, **found)  # pyrefly: ignore[bad-argument-type]
-    os.replace(partial, run.path / "predictions.npz")
+    if spec.task != "language":  # Logits of all tokens would fill the disk.
+      self._write_predictions(params, rest, run)
     return {
       **self.evaluator.metrics(params, rest, data.validation),
       **self.evaluator.metrics(params, rest, data.test),
     }
+
+  def _write_predictions(self, params: Any, rest: Any, run: RunDirectory):
+    test = self._data.test
+    outputs, targets = self.evaluator.predict(params, rest, test)
+    found = predictions(
+      outputs,
+      targets,
+      test,
+      classification=self._spec.task == "classification",
+    )
+    partial = run.path / "predictions.partial.npz"
+    np.savez(partial, **found)  # pyrefly: ignore[bad-argument-type]
+    os.replace(partial, run.path / "predictions.npz")
 
   def _load_best(
     self, best: int | None, last: int, checkpoints: Checkpoints
@@ -262,20 +271,30 @@ class Session:
       self.state.rest,
       *(batch[name] for name in self._spec.inputs),
     )
-    classes = self._data.schema.num_classes
-    wanted = (
-      batch[self._spec.target].shape[1:] if classes is None else (classes,)
-    )
-    if math.prod(outputs.shape[1:]) != math.prod(wanted):
-      what = "numbers" if classes is None else "logits"
-      raise ValueError(
-        f"model must return {what} {['batch', *wanted]} for "
-        f"{self._data.name!r}, got an output of shape {list(outputs.shape)}."
-      )
+    self._check_outputs(outputs.shape, batch[self._spec.target].shape)
     jax.eval_shape(
       make_eval_step(structure, self._spec),
       self.state.params,
       self.state.rest,
-      metrics_lib.empty(self._spec.classification),
+      metrics_lib.empty(self._spec.task),
       batch,
     )
+
+  def _check_outputs(
+    self, found: tuple[int, ...], targets: tuple[int, ...]
+  ) -> None:
+    """Raises when outputs do not have a place for every target."""
+    schema, what = self._data.schema, "logits"
+    if schema.task == "language":
+      fits = found == (wanted := (*targets, schema.vocab_size))
+    elif schema.task == "classification":
+      wanted = (targets[0], schema.num_classes)
+      fits = math.prod(found[1:]) == wanted[1]
+    else:
+      what, wanted = "numbers", targets
+      fits = math.prod(found[1:]) == math.prod(wanted[1:])
+    if not fits:
+      raise ValueError(
+        f"model must return {what} {['batch', *wanted[1:]]} for "
+        f"{self._data.name!r}, got an output of shape {list(found)}."
+      )

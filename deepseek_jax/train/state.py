@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
+from deepseek_jax.data.schema import Task
 from deepseek_jax.train import metrics as metrics_lib
 
 
@@ -69,7 +70,7 @@ def create(
   model: nnx.Module,
   tx: optax.GradientTransformation,
   *,
-  classification: bool,
+  task: Task,
 ) -> TrainState:
   """Returns the state before the first step.
 
@@ -79,7 +80,7 @@ def create(
   Args:
     model: Any module; its `nnx.Param` variables are trained.
     tx: Any Optax transform.
-    classification: Whether accuracy is counted.
+    task: What is counted, see `metrics.empty`.
 
   Raises:
     ValueError: If the model has no parameters.
@@ -95,7 +96,7 @@ def create(
     params=params,
     rest=rest,
     opt_state=tx.init(params),
-    metrics=metrics_lib.empty(classification),
+    metrics=metrics_lib.empty(task),
     skipped=jnp.zeros((), jnp.int32),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
   )

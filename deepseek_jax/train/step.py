@@ -8,17 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array
 
 from deepseek_jax import data as data_lib
 from deepseek_jax.core import numerics, tree
+from deepseek_jax.data.schema import Task
 from deepseek_jax.train import losses as losses_lib
 from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.state import TrainState, pure
 
 Batch = Mapping[str, Array]
+
+_LOSSES: dict[Task, Callable[[], losses_lib.Loss]] = {
+  "classification": losses_lib.CrossEntropy,
+  "regression": losses_lib.MeanSquaredError,
+  "language": losses_lib.TokenCrossEntropy,
+}
 
 
 class RecompileWarning(UserWarning):
@@ -33,7 +41,8 @@ class StepSpec:
     loss: Loss per example.
     inputs: Names in the batch that go to the model, in order.
     target: Name in the batch that goes to the loss.
-    classification: Whether to count accuracy (else the error).
+    task: What is predicted and counted.
+    token_bytes: Bytes of text a token stands for, where the task is language.
     accumulate: Micro-batches a batch is cut into; at least 1.
     l1: Strength of the L1 penalty.
     l2: Strength of the L2 penalty.
@@ -43,7 +52,8 @@ class StepSpec:
   loss: losses_lib.Loss
   inputs: tuple[str, ...]
   target: str
-  classification: bool
+  task: Task
+  token_bytes: np.ndarray | None = None
   accumulate: int = 1
   l1: float = 0.0
   l2: float = 0.0
@@ -60,22 +70,17 @@ class StepSpec:
 
     Args:
       schema: What a batch holds.
-      loss: Loss per example; None chooses cross entropy for labels and mean
-        squared error for numbers.
+      loss: Loss per example; None chooses cross entropy for labels and tokens
+        and mean squared error for numbers.
       **options: The other fields.
     """
-    classification = schema.num_classes is not None
-    if loss is None:
-      loss = (
-        losses_lib.CrossEntropy()
-        if classification
-        else losses_lib.MeanSquaredError()
-      )
+    if schema.tokenizer is not None:
+      options["token_bytes"] = schema.tokenizer.token_bytes
     return cls(
-      loss=loss,
+      loss=_LOSSES[schema.task]() if loss is None else loss,
       inputs=schema.inputs,
       target=schema.target,
-      classification=classification,
+      task=schema.task,
       **options,
     )
 
@@ -175,7 +180,8 @@ def _gradient(
       micro[spec.target],
       weights=weights,
       mask=micro["mask"],
-      classification=spec.classification,
+      task=spec.task,
+      token_bytes=spec.token_bytes,
     )
     rest = pure(nnx.split(model, nnx.Param, ...)[2])
     return value, (rest, metrics)
@@ -197,7 +203,7 @@ def _gradient(
     jnp.zeros((), jnp.float32),
     jax.tree.map(jnp.zeros_like, state.params),
     state.rest,
-    metrics_lib.empty(spec.classification),
+    metrics_lib.empty(spec.task),
   )
   micros = jax.tree.map(
     lambda x: _interleave(x, spec.accumulate), (dict(batch), weights)
@@ -232,7 +238,8 @@ def make_eval_step(structure: nnx.GraphDef, spec: StepSpec) -> Callable:
       targets,
       weights=batch["mask"] * spec.loss.weights(targets),
       mask=batch["mask"],
-      classification=spec.classification,
+      task=spec.task,
+      token_bytes=spec.token_bytes,
     )
     return metrics_lib.merge(metrics, seen), outputs.astype(jnp.float32)
 

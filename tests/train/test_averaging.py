@@ -118,7 +118,7 @@ def test_a_checkpoint_holds_what_is_evaluated_and_what_goes_on(
 ):
   tx = optax.adam(0.1)
   tx = optax.chain(anytime_average(tx)) if averages else tx
-  state = state_lib.create(linear(), tx, classification=True)
+  state = state_lib.create(linear(), tx, task="classification")
   params = state.params
   for seed in range(3):
     grads = jax.tree.map(lambda x, i=seed: jnp.cos(x + i), params)
@@ -130,7 +130,7 @@ def test_a_checkpoint_holds_what_is_evaluated_and_what_goes_on(
   progress = {"stopping": {"best_step": 3}}
   checkpoints.save(state, stream, progress, step=3, best_step=3)
   checkpoints.wait()
-  empty = state_lib.create(linear(), tx, classification=True)
+  empty = state_lib.create(linear(), tx, task="classification")
   resumed, _ = checkpoints.restore(3, empty, stream)
   model, _ = checkpoints.restore_model(3, empty.params, empty.rest)
   checkpoints.close()

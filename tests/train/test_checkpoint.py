@@ -23,7 +23,7 @@ def make_state(features=4, tx=None, seed=0):
     nnx.Dropout(0.5, rngs=nnx.Rngs(seed)),
   )
   tx = optax.adam(0.1) if tx is None else tx
-  return state_lib.create(model, tx, classification=True)
+  return state_lib.create(model, tx, task="classification")
 
 
 @pytest.fixture

@@ -202,6 +202,7 @@ OTHER = {
   "weight_decay": 0.5,
   "layer_rules": ((".*", 0.5),),
   "loss_power": 1.0,
+  "stacked": ((".*", 1),),
   "average": 1.0,
   "cap": 1e-3,
   "snr_power": 1.0,

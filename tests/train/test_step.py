@@ -24,7 +24,7 @@ def spec(**changes):
     "loss": losses.CrossEntropy(),
     "inputs": ("x",),
     "target": "y",
-    "classification": True,
+    "task": "classification",
   }
   return StepSpec(**arguments | changes)
 
@@ -49,7 +49,7 @@ def setup(model=None, tx=None, **changes):
   tx = optax.sgd(0.5) if tx is None else tx
   structure, _ = state_lib.structures(model)
   step = jax.jit(make_train_step(structure, tx, spec(**changes)))
-  return step, state_lib.create(model, tx, classification=True)
+  return step, state_lib.create(model, tx, task="classification")
 
 
 def assert_equal(first, second):
@@ -226,5 +226,5 @@ def test_jit_once_names_the_shapes_that_changed():
 def test_a_model_without_parameters_is_refused():
   with pytest.raises(ValueError, match=r"model must have nnx\.Param"):
     state_lib.create(
-      nnx.Dropout(0.5, rngs=nnx.Rngs(0)), optax.sgd(1.0), classification=True
+      nnx.Dropout(0.5, rngs=nnx.Rngs(0)), optax.sgd(1.0), task="classification"
     )

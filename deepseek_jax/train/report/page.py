@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.train.report import figures, predictions
+from deepseek_jax.train.report import figures, predictions, writing
 from deepseek_jax.train.report import html as page
 from deepseek_jax.train.report.rates import group_rates
 from deepseek_jax.train.report.run import Run, read_run
@@ -73,6 +73,7 @@ def _page(run: Run) -> str:
       _header(run),
       _training(run),
       predictions.sections(run),
+      writing.sections(run),
       _parameters(run.description.get("parameters") or []),
       _settings(run),
     )

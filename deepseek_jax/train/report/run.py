@@ -65,6 +65,7 @@ class Run:
     rates: one series of learning rates a parameter path; may be empty.
     result: what `result.json` holds; None while the run is unfinished.
     predictions: None when the run wrote none.
+    writing: what `text.json` holds; None where there is no language model.
   """
 
   name: str
@@ -73,6 +74,7 @@ class Run:
   rates: dict[str, Series]
   result: dict[str, Any] | None
   predictions: Predictions | None
+  writing: dict[str, Any] | None = None
 
   @property
   def class_names(self) -> list[str]:
@@ -113,6 +115,7 @@ def read_run(workdir: str | os.PathLike) -> Run:
   rows = _read_metrics(folder / "metrics.jsonl")
   result = folder / "result.json"
   predictions = folder / "predictions.npz"
+  writing = folder / "text.json"
   return Run(
     name=folder.name,
     description=description,
@@ -122,6 +125,7 @@ def read_run(workdir: str | os.PathLike) -> Run:
     predictions=_read_predictions(predictions)
     if predictions.exists()
     else None,
+    writing=_read_writing(writing) if writing.exists() else None,
   )
 
 
@@ -141,6 +145,24 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
       f"{path.name} must hold one JSON object, got {type(content).__name__}."
     )
   return content
+
+
+def _read_writing(path: pathlib.Path) -> dict[str, Any]:
+  found = _read_json(path)
+  bits, samples = found.get("compressors"), found.get("samples")
+  fits = isinstance(bits, dict) and isinstance(samples, list)
+  if not fits or not (
+    all(isinstance(value, int | float) for value in bits.values())
+    and all(
+      isinstance(sample, dict) and {"prompt", "text"} <= sample.keys()
+      for sample in samples
+    )
+  ):
+    raise ValueError(
+      f"{path.name} must hold compressors' bits per byte and samples, each a "
+      f"prompt and a text, got {str(found)[:80]}."
+    )
+  return found
 
 
 def _check_parameters(rows: Any) -> None:

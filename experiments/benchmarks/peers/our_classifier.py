@@ -36,7 +36,7 @@ def main() -> None:
       loss=losses.CrossEntropy(),
       inputs=data.schema.inputs,
       target=data.schema.target,
-      classification=True,
+      task="classification",
     ),
     Placement(None),
     sizes["batch_size"],
