@@ -21,8 +21,9 @@ experiment = LanguageExperiment(
   optimizer=Optimizer(name="deepseek", learning_rate=1e-2, warmup_steps=20),
   train=Train(
     epochs=None,
-    steps=400,
-    evaluate_every=100,
+    steps=550,
+    accumulate=2,  # Half of the activations at a time: they stay in the caches.
+    evaluate_every=110,
     log_every=10,
     monitor="validation/bits_per_byte",
   ),

@@ -331,7 +331,8 @@ class DecoderLayer(nnx.Module):
   ) -> tuple[Float[Array, "B 1 D"], nn.DecodeCache]:
     """Returns the next token's vector, and the cache with it."""
     read, cache = self.attention.decode(self.attention_norm(x), cache)
-    return self._think(x + read), cache
+    x = x + read
+    return x + self.feed_forward.decode(self.feed_forward_norm(x)), cache
 
   def _think(self, x):
     thought = self.feed_forward(self.feed_forward_norm(x))

@@ -7,6 +7,7 @@ from deepseek_jax.nn.activations import (
 from deepseek_jax.nn.activations import Activation as Activation
 from deepseek_jax.nn.activations import activation as activation
 from deepseek_jax.nn.activations import activation_layer as activation_layer
+from deepseek_jax.nn.active_units import combine_active as combine_active
 from deepseek_jax.nn.annealing import Annealing as Annealing
 from deepseek_jax.nn.annealing import SparsitySchedule as SparsitySchedule
 from deepseek_jax.nn.annealing import TrainingCalls as TrainingCalls

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 
 from deepseek_jax.nn import checks
 from deepseek_jax.nn.activations import Activation, activation_layer
+from deepseek_jax.nn.active_units import combine_active, pays
 
 
 class GatedFeedForward(nnx.Module):
@@ -57,12 +59,47 @@ class GatedFeedForward(nnx.Module):
       nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs
     )
     self.gate = linear(features, hidden)
-    self.inward = linear(features, hidden)
+    # A row for each unit, as in `outward`: rows of units that are zero need not
+    # be read.
+    init = nnx.initializers.lecun_normal(in_axis=1, out_axis=0)
+    self.inward = nnx.Param(init(rngs.params(), (hidden, features)))
     self.outward = linear(hidden, features)
+    self.dtype = dtype
     self.activation = activation_layer(
       activation, hidden, options=activation_options, rngs=rngs
     )
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Returns the tokens' images."""
-    return self.outward(self.activation(self.gate(x)) * self.inward(x))
+    hidden = self.activation(self.gate(x))
+    return self.outward(hidden * self._inward(x))
+
+  def decode(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Returns the same, without a gradient; faster for one sparse token.
+
+    For a single token on CPU, in a layer of some size, of which more than three
+    quarters of the units are zero, it reads only the rest; see
+    `combine_active`.
+    """
+    hidden = self.activation(self.gate(x))
+    dense = lambda hidden, x: self.outward(hidden * self._inward(x))
+    if x.size != x.shape[-1]:
+      return dense(hidden, x)
+    few = pays(hidden.reshape(-1), x.shape[-1])
+    if few is False:
+      return dense(hidden, x)
+
+    def sparse(hidden, x):
+      y = combine_active(
+        hidden.reshape(-1),
+        x.reshape(-1).astype(self.dtype),
+        self.inward[...].astype(self.dtype),
+        self.outward.kernel[...].astype(self.dtype),
+      )
+      return y.reshape(x.shape)
+
+    return jax.lax.cond(few, sparse, dense, hidden, x)
+
+  def _inward(self, x):
+    x, rows = x.astype(self.dtype), self.inward[...].astype(self.dtype)
+    return jnp.einsum("...d,cd->...c", x, rows)
