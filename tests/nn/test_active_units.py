@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from deepseek_jax import nn
+from deepseek_jax.nn import active_units
 
 
 def parts(units, features, zeros, seed=0):
@@ -36,12 +37,17 @@ def test_rows_of_zeros_are_not_read():
 
 @pytest.mark.parametrize("threshold", [-100.0, 1.5, 100.0])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_layer_decodes_what_it_computes_at_once(threshold, dtype):
+def test_a_layer_decodes_what_it_computes_at_once(
+  threshold, dtype, monkeypatch
+):
+  monkeypatch.setattr(active_units, "_LARGE", 1)
   layer = nn.GatedFeedForward(
-    512, 1024, activation=lambda x: jnp.where(x > threshold, x, 0),
+    32, 64, activation=lambda x: jnp.where(x > threshold, x, 0),
     dtype=dtype, rngs=nnx.Rngs(0),
   )  # fmt: skip
-  x = jax.random.normal(jax.random.key(1), (1, 1, 512))
+  x = jax.random.normal(jax.random.key(1), (1, 1, 32))
+  graph = str(jax.make_jaxpr(layer.decode)(x))
+  assert "cond" in graph
   found, wanted = jax.jit(lambda x: (layer.decode(x), layer(x)))(x)
   assert found.dtype == wanted.dtype
   tolerance = 1e-4 if dtype == jnp.float32 else 3e-2
@@ -53,10 +59,13 @@ def test_a_layer_decodes_what_it_computes_at_once(threshold, dtype):
   )
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 512), (1, 1, 16)])
-def test_many_tokens_and_small_layers_keep_to_the_products(shape):
-  layer = nn.GatedFeedForward(
-    shape[-1], 1024, activation="relu", rngs=nnx.Rngs(0)
-  )
+@pytest.mark.parametrize(
+  ("shape", "large"), [((2, 1, 16), 1), ((1, 1, 16), 2**21)]
+)
+def test_many_tokens_and_small_layers_keep_to_the_products(
+  shape, large, monkeypatch
+):
+  monkeypatch.setattr(active_units, "_LARGE", large)
+  layer = nn.GatedFeedForward(16, 64, activation="relu", rngs=nnx.Rngs(0))
   graph = str(jax.make_jaxpr(layer.decode)(jnp.ones(shape)))
   assert "cond" not in graph
