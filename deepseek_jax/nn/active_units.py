@@ -21,7 +21,8 @@ def combine_active(
   read, so for a single vector, whose time is that of reading the matrices, it
   falls with the share of zeros. Exact for any number of them. From 1,024
   features on it is faster where 70 % are zero or more, with 512 where 90 % are,
-  with 128 never (`experiments/results/active_units.json`). It has no gradient (the number of steps is not static).
+  with 128 never (`experiments/results/active_units.json`). It has no gradient:
+  the number of its steps is not static.
 
   Args:
     hidden: units, mostly zero.
