@@ -16,8 +16,6 @@ NOTEBOOKS = sorted(pathlib.Path(__file__).parents[1].glob("colab/*.ipynb"))
 TINY = {"epochs": 1, "steps": 4, "seeds": 1, "lengths": (128, 256)}
 # Kept as executed, for those who read before they run.
 WITH_OUTPUTS = {"03_long_context"}
-# Two dozen programs to compile, which no size makes fast.
-SLOW = {"03_long_context"}
 MOST_BYTES = 400_000
 
 
@@ -86,15 +84,7 @@ def test_only_the_first_code_cell_is_left_out(notebook):
   assert not any("skip-execution" in tags(cell) for cell in cells[1:])
 
 
-@pytest.mark.parametrize(
-  "notebook",
-  [
-    pytest.param(path, marks=pytest.mark.slow if path.stem in SLOW else ())
-    for path in NOTEBOOKS
-  ],
-  ids=lambda path: path.stem,
-  indirect=True,
-)
+@pytest.mark.slow  # Dozens of programs to compile, which no size makes fast.
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
   # As in Colab, the kernel sees one device.
   monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
