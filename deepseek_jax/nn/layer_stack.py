@@ -53,6 +53,7 @@ class LayerStack(nnx.Module):
         f"period must divide the number of layers, got {period=} for "
         f"{len(layers)}."
       )
+    _check_modules(layers)
     self.num_layers = len(layers)
     self.scan = scan
     self.remat = remat
@@ -98,6 +99,14 @@ class LayerStack(nnx.Module):
         one = jax.tree.map(lambda x, period=period: x[period], state)
         found.append(nnx.merge(structure, *one))
     return found
+
+
+def _check_modules(layers: Sequence[Any]) -> None:
+  for layer in layers:
+    if not isinstance(layer, nnx.Module):
+      raise ValueError(
+        f"layers must be modules, as nnx.Linear is one, got {layer!r}."
+      )
 
 
 def _split(layer: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
