@@ -58,8 +58,24 @@ from deepseek_jax.nn.sequence_sharding import (
 from deepseek_jax.nn.sparse_activations import (
   DynamicSparseReLU as DynamicSparseReLU,
 )
+from deepseek_jax.nn.sparse_activations import (
+  LearnedSparseReLU as LearnedSparseReLU,
+)
+from deepseek_jax.nn.sparse_activations import (
+  TargetSparseReLU as TargetSparseReLU,
+)
 from deepseek_jax.nn.sparse_activations import Threshold as Threshold
+from deepseek_jax.nn.sparse_relu import FiringRate as FiringRate
+from deepseek_jax.nn.sparse_relu import InputScale as InputScale
+from deepseek_jax.nn.sparse_relu import Offset as Offset
+from deepseek_jax.nn.sparse_relu import SparseReLU as SparseReLU
+from deepseek_jax.nn.sparsity_reading import Sparsity as Sparsity
+from deepseek_jax.nn.sparsity_reading import (
+  measure_sparsity as measure_sparsity,
+)
+from deepseek_jax.nn.sparsity_reading import sparsity as sparsity
 from deepseek_jax.nn.thresholds import Gradient as Gradient
+from deepseek_jax.nn.thresholds import pressed as pressed
 from deepseek_jax.nn.thresholds import threshold_relu as threshold_relu
 from deepseek_jax.nn.window import LearnedWindow as LearnedWindow
 from deepseek_jax.nn.window import clip_with_return as clip_with_return

@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.nn.sparse_activations import DynamicSparseReLU
+from deepseek_jax.nn.sparse_activations import (
+  DynamicSparseReLU,
+  LearnedSparseReLU,
+  TargetSparseReLU,
+)
+from deepseek_jax.nn.sparse_relu import SparseReLU
 
 Activation = Callable[[jax.Array], jax.Array]
 """A function applied to every element of an array."""
@@ -38,7 +43,12 @@ ACTIVATIONS = MappingProxyType(
 """The names that `activation` knows; read-only."""
 
 SPARSE_ACTIVATIONS = MappingProxyType(
-  {"dynamic_sparse_relu": DynamicSparseReLU}
+  {
+    "dynamic_sparse_relu": DynamicSparseReLU,
+    "learned_sparse_relu": LearnedSparseReLU,
+    "sparse_relu": SparseReLU,
+    "target_sparse_relu": TargetSparseReLU,
+  }
 )
 """The layers that `activation_layer` knows besides; read-only."""
 

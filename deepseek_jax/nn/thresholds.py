@@ -1,6 +1,7 @@
 """Rectifiers with a threshold, and the gradients they may have at it."""
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -14,13 +15,13 @@ Gradient = Literal["exact", "straight_through", "smooth"]
 
 
 def threshold_relu(
-  x: Float[Array, "*B C"],
-  threshold: Float[Array, ""] | Float[Array, " C"] | float,
+  x: Float[Array, "..."],
+  threshold: Float[Array, "..."] | float,
   *,
   shifted: bool = False,
   gradient: Gradient = "exact",
-  width: float = 0.1,
-) -> Float[Array, "*B C"]:
+  width: Float[Array, "..."] | float = 0.1,
+) -> Float[Array, "..."]:
   """Returns what of `x` is above a threshold, and zero elsewhere.
 
   y = x if x > threshold else 0; shifted, y = max(x - threshold, 0), which has
@@ -29,81 +30,122 @@ def threshold_relu(
   >>> x = jnp.array([-1.0, 0.2, 0.8])
   >>> print(threshold_relu(x, 0.5), threshold_relu(x, 0.5, shifted=True))
   [0.  0.  0.8] [0.  0.  0.3]
+  >>> slope = jax.grad(lambda x, how: threshold_relu(x, 0.5, gradient=how))
+  >>> print(slope(0.4, "exact"), slope(0.4, "straight_through"))
+  0.0 1.0
 
   Args:
-    x: any numbers; C channels come last.
-    threshold: one for all or one a channel. It is compared in float32.
+    x: any numbers.
+    threshold: one, or an array that broadcasts with `x`. It is compared in
+      float32.
     shifted: whether the threshold is subtracted from what passes it.
     gradient: "exact" is 1 where x passes. "straight_through" is 1 where x is
       positive or passes, so that what the threshold cuts off still learns.
       "smooth" is that of x·sigmoid((x - threshold) / width) (shifted: of the
       softplus), which is nowhere quite zero. The last two have a gradient for
-      the threshold also if not shifted: that of the smooth function.
-    width: over which the smooth functions rise, above 0.
+      the threshold even if not shifted: that of the smooth function.
+    width: over which the smooth functions rise, above 0; broadcasts too.
+
+  Returns:
+    An array of the shape and dtype of `x`.
 
   Raises:
-    ValueError: `gradient` is unknown or `width` is not above 0.
+    ValueError: `gradient` is unknown, or `width` is a number not above 0.
+
+  References:
+    Rajamanoharan et al., "Jumping Ahead: Improving Reconstruction Fidelity with
+    JumpReLU Sparse Autoencoders", 2024, https://arxiv.org/abs/2407.14435 (a
+    threshold with a gradient)
   """
+  check_gradient(gradient, width)
+  wide, dtype = jnp.asarray(x, jnp.float32), jnp.asarray(x).dtype
+  threshold = jnp.broadcast_to(_beside(threshold, wide), wide.shape)
+  if gradient == "exact":
+    return _cut(wide, threshold, shifted).astype(dtype)
+  width = jnp.broadcast_to(_beside(width, wide), wide.shape)
+  return _surrogate(wide, threshold, width, shifted, gradient).astype(dtype)
+
+
+def check_gradient(gradient: str, width: object) -> None:
+  """Raises `ValueError` if `threshold_relu` takes no such gradient or width."""
   checks.require_choice(
     ("exact", "straight_through", "smooth"), gradient=gradient
   )
-  if not width > 0:
-    raise ValueError(f"width must be above 0, got {width=}.")
-  threshold = jnp.asarray(threshold, jnp.float32)
-  if threshold.ndim:
-    threshold = threshold.reshape((1,) * (x.ndim - 1) + threshold.shape)
-  return _threshold_relu(x, threshold, shifted, gradient, width)
+  if isinstance(width, int | float) and not 0 < width < math.inf:
+    raise ValueError(f"width must be finite and above 0, got {width=}.")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _threshold_relu(x, threshold, shifted, gradient, width):
-  del gradient, width
-  wide = x.astype(jnp.float32)
-  kept = wide - threshold if shifted else wide
-  return jnp.where(wide > threshold, kept, 0).astype(x.dtype)
+def _beside(value, x: Array) -> Array:
+  """Returns a float32 array with as many axes as `x`, the new ones in front."""
+  value = jnp.asarray(value, jnp.float32)
+  return value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
 
 
-def _forward(x, threshold, shifted, gradient, width):
-  y = _threshold_relu(x, threshold, shifted, gradient, width)
-  return y, (x, threshold)
+def _cut(x, threshold, shifted):
+  return jnp.where(x > threshold, x - threshold if shifted else x, 0)
 
 
-def _backward(shifted, gradient, width, kept, grad):
-  x, threshold = kept
-  x_slope, threshold_slope = _slopes(
-    x.astype(jnp.float32), threshold, shifted, gradient, width
-  )
-  wide = grad.astype(jnp.float32)
-  summed = _sum_to(wide * threshold_slope, threshold.shape)
-  return (wide * x_slope).astype(x.dtype), summed
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _surrogate(x, threshold, width, shifted, gradient):
+  del width, gradient
+  return _cut(x, threshold, shifted)
 
 
-def _slopes(x, threshold, shifted, gradient, width):
-  passes = (x > threshold).astype(jnp.float32)
+def _forward(x, threshold, width, shifted, gradient):
+  y = _surrogate(x, threshold, width, shifted, gradient)
+  return y, (x, threshold, width)
+
+
+def _backward(shifted, gradient, kept, grad):
+  x, threshold, width = kept
+  up, down = _slopes(x, threshold, width, shifted, gradient)
+  return grad * up, -grad * down, jnp.zeros_like(width)
+
+
+def _slopes(x, threshold, width, shifted, gradient):
+  """Returns by how much y rises with x, and falls with the threshold."""
+  through = gradient == "straight_through"
+  passes = ((x > threshold) | (x > 0)).astype(jnp.float32)
   open_ = jax.nn.sigmoid((x - threshold) / width)
   if shifted:
-    slopes = {
-      "exact": passes,
-      "straight_through": jnp.maximum(passes, x > 0),
-      "smooth": open_,
-    }
-    down = open_ if gradient == "smooth" else passes
-    return slopes[gradient], -down
+    exact = (x > threshold).astype(jnp.float32)
+    return (passes, exact) if through else (open_, open_)
   steep = x * open_ * (1 - open_) / width
-  slopes = {
-    "exact": (passes, jnp.zeros_like(x)),
-    "straight_through": (jnp.maximum(passes, x > 0), -steep),
-    "smooth": (open_ + steep, -steep),
-  }
-  return slopes[gradient]
+  return (passes if through else open_ + steep), steep
 
 
-def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
-  """Sums over the axes along which an array of `shape` was broadcast."""
-  if not shape:
-    return jnp.sum(x)
-  axes = tuple(i for i, size in enumerate(shape) if size == 1 != x.shape[i])
-  return jnp.sum(x, axes, keepdims=True)
+_surrogate.defvjp(_forward, _backward)
 
 
-_threshold_relu.defvjp(_forward, _backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def pressed(y: Float[Array, "..."], strength: float) -> Float[Array, "..."]:
+  """Returns `y` as it is; on the way back, pulls what is not zero to zero.
+
+  Adds to the gradient what `strength·mean|y|` in the loss would add. An L1
+  penalty for layers that have no way to the loss: it may stand anywhere.
+
+  The loss is taken to be a mean over the batch. Where gradients of several
+  micro-batches are summed to that mean, divide the strength by their number.
+
+  >>> y = jnp.array([0.0, 2.0])
+  >>> print(jax.grad(lambda y: 3 * pressed(y, 0.5).mean())(y))
+  [1.5  1.75]
+
+  Args:
+    y: activations.
+    strength: of the pull, at least 0.
+  """
+  del strength
+  return y
+
+
+def _pressed_forward(y, strength):
+  del strength
+  return y, jnp.sign(y)
+
+
+def _pressed_backward(strength, sign, grad):
+  return (grad + (strength / max(sign.size, 1)) * sign,)
+
+
+pressed.defvjp(_pressed_forward, _pressed_backward)
