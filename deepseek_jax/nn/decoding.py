@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.kernels.block_sparse_attention import window_weight
 from deepseek_jax.nn.cache import DecodeCache
 from deepseek_jax.nn.lsh import hash_buckets
 
+_FEW = 16  # Buckets that are cut out one by one.
 _LEAST = float(jnp.finfo(jnp.float32).min)  # No such key, but open.
 
 
@@ -31,23 +33,49 @@ def choose_cached_blocks(
     window: tokens, as in `dynamic_attention`.
     num_remote: blocks to choose; fewer where the cache has fewer.
   """
-  batch, kv_heads, rounds, _, blocks, size = cache.total.shape
+  batch, kv_heads, _, _, blocks, size = cache.total.shape
   q = q.reshape(batch, kv_heads, -1, size)
-  code = hash_buckets(q, projections)  # [B, K, G, rounds]
-  at = (
-    jnp.arange(batch)[:, None, None, None],
-    jnp.arange(kv_heads)[None, :, None, None],
-    jnp.arange(rounds)[None, None, None, :],
-    code,
-  )
-  total, count = cache.total[at], cache.count[at]  # [B, K, G, rounds, blocks]
-  scores = jnp.einsum("bkgh,bkgrnh->bkgrn", q.astype(jnp.float32), total)
+  scores, count = _bucket_scores(q.astype(jnp.float32), cache, projections)
   scores = jnp.where(count > 0, scores / jnp.maximum(count, 1), _LEAST)
   own = (cache.length - 1) // cache.block_size
   is_open = own - jnp.arange(blocks) >= window // cache.block_size
   scores = jnp.where(is_open, scores.max((2, 3)), -jnp.inf)
   best, ids = jax.lax.top_k(scores, min(num_remote, blocks))
   return jnp.where(best > -jnp.inf, ids, -1)
+
+
+def _bucket_scores(
+  q: Array, cache: DecodeCache, projections: Array
+) -> tuple[Array, Array]:
+  """Returns q times the sum of its bucket in each block, and the bucket's size.
+
+  Both are [B, K, G, rounds, blocks].
+  """
+  code = hash_buckets(q, projections)  # [B, K, G, rounds]
+  blocks, size = cache.total.shape[-2:]
+  if code.size <= _FEW:
+    # Read where they lie, one product each: gathering copies them first.
+    found = []
+    for b, k, g, r in np.ndindex(code.shape):
+      start = (b, k, r, code[b, k, g, r])
+      cut = lambda x, start=start: jax.lax.dynamic_slice(
+        x, start + (0,) * (x.ndim - 4), (1, 1, 1, 1, *x.shape[4:])
+      )
+      scores = cut(cache.total).reshape(blocks, size) @ q[b, k, g]
+      found.append((scores, cut(cache.count).reshape(blocks)))
+    stack = lambda rows: jnp.stack(rows).reshape(*code.shape, blocks)
+    scores, count = map(stack, zip(*found, strict=True))
+    return scores, count
+  at = (
+    jnp.arange(code.shape[0])[:, None, None, None],
+    jnp.arange(code.shape[1])[None, :, None, None],
+    jnp.arange(code.shape[3])[None, None, None, :],
+    code,
+  )
+  # As products with a vector, for which nothing has to be transposed.
+  total = cache.total[at].reshape(*code.shape[:3], -1, size)
+  scores = jnp.matmul(total, q[..., None])[..., 0]
+  return scores.reshape(*code.shape, blocks), cache.count[at]
 
 
 def decode_attention(
