@@ -71,9 +71,9 @@ class LanguageModel:
   head_dim: int | None = None
   # Units of the feed-forward; 8/3 of the features when None.
   hidden: int | None = None
-  # Activation of the feed-forward, as "silu" or "dynamic_sparse_relu".
+  # Activation of the feed-forward, as "silu" or "target_sparse_relu".
   activation: str = "silu"
-  # Zeros that a sparse activation holds, in (0, 1); of these alone.
+  # Zeros that "target_sparse_relu" holds, in (0, 1); of it alone.
   sparsity: float | None = None
   # One kind, or one for each layer of a pattern that repeats.
   attention: tuple[Literal["full", "dynamic"], ...] = ("full",)

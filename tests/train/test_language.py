@@ -174,11 +174,9 @@ def test_every_field_of_the_model_reaches_it():
     dataclasses.replace(default, attention=("dynamic",)),
   )
   bases["sparsity"] = dataclasses.replace(
-    default, activation="dynamic_sparse_relu"
+    default, activation="target_sparse_relu"
   )
   for field in dataclasses.fields(default):
-    if field.name == "sparsity":
-      continue
     value = getattr(other, field.name)
     assert value != getattr(default, field.name), field.name
     base = bases.get(field.name, default)
