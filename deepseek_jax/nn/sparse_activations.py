@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from deepseek_jax.nn import checks
-from deepseek_jax.nn.sparse_relu import InputScale, SparseReLU, move
+from deepseek_jax.nn.sparse_relu import SparseReLU, move
 from deepseek_jax.nn.thresholds import Gradient
 from deepseek_jax.nn.window import clip_with_return
 
@@ -141,7 +141,9 @@ class TargetSparseReLU(SparseReLU):
     first = min(sparsity, 0.5) if warmup else sparsity
     height = statistics.NormalDist().inv_cdf(first)
     self.threshold = Threshold(jnp.asarray(height, jnp.float32))
-    self.scale = None  # Every token brings its own.
+
+  def _follows_size(self) -> bool:
+    return False  # Every token brings its own.
 
   def _levels(self, x: Array) -> tuple[Array, Array | float]:
     mean = jnp.mean(x, -1, keepdims=True)
@@ -224,7 +226,9 @@ class LearnedSparseReLU(SparseReLU):
       )
     shape = _checked_shape(per, features)
     self.threshold = nnx.Param(jnp.full(shape, threshold, jnp.float32))
-    self.scale = InputScale(jnp.zeros((), jnp.float32))
+
+  def _follows_size(self) -> bool:
+    return True
 
   def _levels(self, x: Array) -> tuple[Array, Array | float]:
     del x

@@ -18,7 +18,7 @@ from deepseek_jax.nn.thresholds import (
 
 _MEMORY = 0.01  # Share of the newest call in running means, once warm.
 _OFFSET_STEP = 0.01  # Of an offset per call, and in proportion.
-_MAX_OFFSET = 100.0
+_MAX_OFFSET = 1e4
 _LEAST_SIZE = 1e-6
 _LEAST_RATE = 0.01  # Of a layer's firing, when it decides who is too silent.
 
@@ -110,7 +110,9 @@ class SparseReLU(nnx.Module):
     self.calls = TrainingCalls(jnp.zeros((), jnp.int32))
     self.firing = FiringRate(jnp.zeros(channels, jnp.float32))
     self.offset = Offset(jnp.zeros(channels, jnp.float32)) if floor else None
-    self.scale = InputScale(jnp.zeros((), jnp.float32)) if floor else None
+    self.scale = (
+      InputScale(jnp.zeros((), jnp.float32)) if self._follows_size() else None
+    )
     self.deterministic = False
     self.counting = False
 
@@ -161,6 +163,10 @@ class SparseReLU(nnx.Module):
     self.calls[...] = jnp.zeros_like(self.calls[...])
     self.firing[...] = jnp.zeros_like(self.firing[...])
     self.counting = True
+
+  def _follows_size(self) -> bool:
+    """Says whether thresholds are in units of the running size of inputs."""
+    return bool(self.floor)
 
   def _follow(self, x: Array) -> None:
     """Moves what depends on the inputs, before they are cut."""

@@ -59,11 +59,15 @@ def threshold_relu(
   """
   check_gradient(gradient, width)
   wide, dtype = jnp.asarray(x, jnp.float32), jnp.asarray(x).dtype
-  threshold = jnp.broadcast_to(_beside(threshold, wide), wide.shape)
-  if gradient == "exact":
-    return _cut(wide, threshold, shifted).astype(dtype)
-  width = jnp.broadcast_to(_beside(width, wide), wide.shape)
-  return _surrogate(wide, threshold, width, shifted, gradient).astype(dtype)
+  threshold = _beside(threshold, wide)
+  y = _cut(wide, threshold, shifted)
+  if gradient != "exact":
+    width = jax.lax.stop_gradient(_beside(width, wide))
+    soft = _soft if gradient == "smooth" else _straight
+    z = soft(wide, threshold, width, shifted)
+    # The value of one and the gradient of the other: z - z is zero to the bit.
+    y = jax.lax.stop_gradient(y) + (z - jax.lax.stop_gradient(z))
+  return y.astype(dtype)
 
 
 def check_gradient(gradient: str, width: object) -> None:
@@ -82,39 +86,22 @@ def _beside(value, x: Array) -> Array:
 
 
 def _cut(x, threshold, shifted):
-  return jnp.where(x > threshold, x - threshold if shifted else x, 0)
+  # In this order NaN passes, for a trainer to see, as it does through ReLU.
+  return jnp.where(x <= threshold, 0, x - threshold if shifted else x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _surrogate(x, threshold, width, shifted, gradient):
-  del width, gradient
-  return _cut(x, threshold, shifted)
+def _soft(x, threshold, width, shifted):
+  over = (x - threshold) / width
+  return width * jax.nn.softplus(over) if shifted else x * jax.nn.sigmoid(over)
 
 
-def _forward(x, threshold, width, shifted, gradient):
-  y = _surrogate(x, threshold, width, shifted, gradient)
-  return y, (x, threshold, width)
-
-
-def _backward(shifted, gradient, kept, grad):
-  x, threshold, width = kept
-  up, down = _slopes(x, threshold, width, shifted, gradient)
-  return grad * up, -grad * down, jnp.zeros_like(width)
-
-
-def _slopes(x, threshold, width, shifted, gradient):
-  """Returns by how much y rises with x, and falls with the threshold."""
-  through = gradient == "straight_through"
-  passes = ((x > threshold) | (x > 0)).astype(jnp.float32)
-  open_ = jax.nn.sigmoid((x - threshold) / width)
+def _straight(x, threshold, width, shifted):
+  """Rises with x as told, and falls with the threshold by itself."""
+  rising = jnp.where((x > threshold) | (x > 0), x, 0)
+  x = jax.lax.stop_gradient(x)
   if shifted:
-    exact = (x > threshold).astype(jnp.float32)
-    return (passes, exact) if through else (open_, open_)
-  steep = x * open_ * (1 - open_) / width
-  return (passes if through else open_ + steep), steep
-
-
-_surrogate.defvjp(_forward, _backward)
+    return rising - jnp.where(x > threshold, threshold, 0)
+  return rising + _soft(x, threshold, width, shifted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
