@@ -2,7 +2,9 @@
 
 The library's own loop, `models.stream`'s, at batch 1 and without sampling, in
 caches as large as `generate` makes them; weights are untrained. Each call
-writes tokens after the same context, which is real text.
+writes tokens after the same context, which is real text. The smallest model
+lies in the cache of the processor as a whole; the wider one does not, as models
+in use.
 """
 
 import argparse
@@ -19,12 +21,17 @@ from deepseek_jax import nn
 from deepseek_jax.models import generation
 
 _CHUNK = 16  # Tokens in a call of the library's loop.
+_HEAD = 64
 _AHEAD = 64  # Tokens the cache has room for beyond the context.
 _GREEDY = 0.0, 1.0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   parts.add_model_flags(parser)
+  parser.add_argument(
+    "--widths", type=int, nargs="+", default=[128, 512],
+    help=f"features, in heads of {_HEAD}; instead of --features and --heads",
+  )  # fmt: skip
   parser.add_argument(
     "--lengths", type=int, nargs="+", default=[1024, 4096, 8192, 16384, 32768]
   )
@@ -38,8 +45,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(flags: argparse.Namespace) -> None:
-  """Times all lengths and writes the result."""
+  """Times all widths and lengths and writes the result."""
   bench = harness.Benchmark("language_model_generate", flags)
+  found = {}
+  for width in flags.widths:
+    flags.features, flags.heads = width, max(1, width // _HEAD)
+    seconds = _measure(bench)
+    found[width] = {
+      "model": parts.sizes(flags),
+      "seconds_a_token": seconds,
+      "in_units_of_the_shortest": {n: _growth(s) for n, s in seconds.items()},
+    }
+  bench.finish(seeds=[0], details={"widths": found})
+  for width, told in found.items():
+    print(f"width {width}, by the shortest: {told['in_units_of_the_shortest']}")
+
+
+def _measure(bench: harness.Benchmark) -> dict[str, dict[int, float]]:
+  """Returns seconds a token for each way to attend and length."""
+  flags = bench.arguments
   names = {"full": parts.FULL, "dynamic": parts.DYNAMIC}
   seconds: dict[str, dict[int, float]] = {
     names[kind]: {} for kind in flags.attention
@@ -47,20 +71,14 @@ def run(flags: argparse.Namespace) -> None:
   for length in flags.lengths:
     cases = {names[kind]: writer(flags, kind, length) for kind in
              flags.attention}  # fmt: skip
-    label = f"{_CHUNK} tokens after {length:,}"
+    label = f"width {flags.features}, {_CHUNK} tokens after {length:,}"
     comparison = bench.compare(label, cases, calls=flags.calls)
     for name in cases:
       median = comparison.spread(name).median / _CHUNK
       seconds[name][length] = float(f"{median:.4g}")
     told = {name: f"{1e3 * s[length]:.3g} ms" for name, s in seconds.items()}
-    print(f"after {length:,} tokens: {told}", flush=True)
-  found = {
-    "model": parts.sizes(flags),
-    "seconds_a_token": seconds,
-    "in_units_of_the_shortest": {n: _growth(s) for n, s in seconds.items()},
-  }
-  bench.finish(seeds=[0], details=found)
-  print(f"in units of the shortest: {found['in_units_of_the_shortest']}")
+    print(f"{label}: a token takes {told}", flush=True)
+  return seconds
 
 
 def _growth(seconds: dict[int, float]) -> dict[int, float]:

@@ -87,7 +87,8 @@ def test_steps_over_length_hold_as_many_tokens(bench):
 
 
 def test_a_cache_serves_the_same_context_again(bench):
-  found = bench("generate", "--lengths", "32", "64")["details"]
+  found = bench("generate", "--widths=16", "--lengths", "32", "64")
+  found = found["details"]["widths"]["16"]
   assert found["in_units_of_the_shortest"].keys() == {"full, ours", "dynamic"}
   for seconds in found["seconds_a_token"].values():
     assert seconds.keys() == {"32", "64"}
