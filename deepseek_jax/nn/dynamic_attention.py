@@ -17,7 +17,11 @@ from deepseek_jax.kernels.block_sparse_attention.problem import by_token
 from deepseek_jax.nn import checks
 from deepseek_jax.nn.long_selection import region_blocks, select_long
 from deepseek_jax.nn.lsh import hash_projections, summarize_blocks
-from deepseek_jax.nn.selection import Candidates, select_blocks
+from deepseek_jax.nn.selection import (
+  Candidates,
+  keys_that_count,
+  select_blocks,
+)
 
 LONG = 32_768  # Tokens from which on means of buckets miss most needles.
 Selection = Literal["lsh", "mean", "none"]
@@ -141,7 +145,9 @@ def choose_blocks(
     projections: see `hash_projections`.
     is_causal: whether tokens see no later ones.
     segment_ids: a block is open to a token whose number lies between the
-      smallest and the largest in it.
+      smallest and the largest in it. If causal, the keys of the last segment
+      in a block make its score: where numbers rise along a row, no segment has
+      a say in what another chooses.
     two_level: whether to search region by region.
 
   Raises:
@@ -181,7 +187,7 @@ def choose_blocks(
   if segment_ids is not None:
     segments = pad(jnp.asarray(segment_ids, jnp.int32))
     segments = jnp.where(valid, segments, -1)
-    valid = segments >= 0
+    valid = keys_that_count(segments, block_size, is_causal)
   groups = pad(q).reshape(batch, time + more, kv_heads, -1, size)
   q, k = jax.lax.stop_gradient((groups, pad(k)))
 

@@ -25,6 +25,7 @@ from deepseek_jax.nn.selection import (
   Candidates,
   best_blocks,
   fetch_scores,
+  keys_that_count,
   score_blocks,
   score_groups,
   segment_ranges,
@@ -101,7 +102,8 @@ def select_long(
   near = _near(
     q, summary, projections, candidates, regions, num_remote, segments
   )
-  cells = _fill_cells(k, hash_buckets(k, codes), regions, segments >= 0)
+  counted = keys_that_count(segments, tokens, candidates.is_causal)
+  cells = _fill_cells(k, hash_buckets(k, codes), regions, counted)
   far = _far(q, k, cells, codes, candidates, regions, num_remote, segments)
   # Turn by turn, as means and single keys have no common scale.
   ids = jnp.stack([far, near], -1).reshape(len(q), -1)
@@ -178,6 +180,7 @@ def _far(q, k, cells, codes, candidates, regions, num_remote, segments):
   empty = empty.swapaxes(1, 2).reshape(-1, regions.count)
   scores = score_groups(flat, plan, means, empty)
   tokens = time // regions.count
+  low, high = segment_ranges(segments, tokens)
   length = math.gcd(_STEP, time)
 
   def look(args):
@@ -186,6 +189,7 @@ def _far(q, k, cells, codes, candidates, regions, num_remote, segments):
     own = (first + jnp.arange(length)) // tokens
     away = own[:, None] - jnp.arange(regions.count)[None]
     open_ = away > 1 if candidates.is_causal else jnp.abs(away) > 1
+    open_ &= (low[None] <= mine[:, None]) & (mine[:, None] <= high[None])
     open_ = jnp.tile(open_, (1, rounds))[:, None]
     found = jnp.where(open_, found, -jnp.inf).reshape(length * group, -1)
     cell, best = best_blocks(found, _LOOKS)

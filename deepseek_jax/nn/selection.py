@@ -114,6 +114,24 @@ def segment_ranges(segments: Int[Array, " T"], block: int):
   return low, segments.max(1)
 
 
+def keys_that_count(
+  segments: Int[Array, "*B T"], size: int, is_causal: bool
+) -> Bool[Array, "*B T"]:
+  """Says which keys a summary of so many tokens counts: all but padding.
+
+  If causal, only those of the segment that is last among them: tokens that come
+  after belong to no earlier one. So what a document chooses does not hang on
+  what else is in the block where it begins.
+  """
+  parts = segments.reshape(*segments.shape[:-1], -1, size)
+  real = parts >= 0
+  if is_causal:
+    number = jnp.broadcast_to(jnp.arange(size), parts.shape)
+    place = jnp.where(real, number, -1).argmax(-1, keepdims=True)
+    real &= parts == jnp.take_along_axis(parts, place, -1)
+  return real.reshape(segments.shape)
+
+
 def score_blocks(
   q: Float[Array, "T G H"],
   summary: BlockSummary,

@@ -19,7 +19,11 @@ from deepseek_jax.nn.dynamic_attention import (
   over_heads,
 )
 from deepseek_jax.nn.lsh import summarize_blocks
-from deepseek_jax.nn.selection import Candidates, select_blocks
+from deepseek_jax.nn.selection import (
+  Candidates,
+  keys_that_count,
+  select_blocks,
+)
 from deepseek_jax.nn.sequence_exchange import Parts, plan_requests
 
 
@@ -171,7 +175,8 @@ def choose_from_all(
   q, k = jax.lax.stop_gradient((q, k))
   mine = jax.lax.dynamic_slice_in_dim(segments, first * block, time, axis=1)
   summarize = lambda x: summarize_blocks(x[0], projections, block, x[1])
-  summary = over_heads(summarize, (by_head(k, kv_heads)[:, :, 0], mine >= 0))
+  counted = keys_that_count(mine, block, candidates.is_causal)
+  summary = over_heads(summarize, (by_head(k, kv_heads)[:, :, 0], counted))
   summary = jax.lax.all_gather(summary, parts.axis_name, axis=1, tiled=True)
 
   def select(args):

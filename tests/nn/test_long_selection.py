@@ -99,6 +99,17 @@ def test_far_choices_stay_in_the_segment():
   assert np.any(chosen >= half)
 
 
+@pytest.mark.parametrize("numbers", [(0, 1), (5, 2)], ids=str)
+def test_what_a_document_chooses_does_not_hang_on_another(numbers):
+  q, k = draw()
+  begin = TIME // 2 + 3  # Within a block and a region.
+  mine = jnp.arange(TIME) >= begin
+  segments = jnp.where(mine, numbers[1], numbers[0])[None]
+  other = jnp.where(mine[None, :, None, None], k, 9 * k[:, ::-1])
+  before, after = choose(q, k, segments), choose(q, other, segments)
+  np.testing.assert_array_equal(after[:, begin:], before[:, begin:])
+
+
 def test_keys_of_padding_are_never_found():
   q, k = draw()
   segments = jnp.where(jnp.arange(TIME) < TIME // 2, -1, 0)[None]

@@ -119,6 +119,24 @@ def test_blocks_without_a_token_of_the_segment_are_closed():
   assert (ids[segments[0] < 0] == -1).all()
 
 
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (7, 3, 5)], ids=str)
+def test_what_a_document_chooses_does_not_hang_on_another(numbers):
+  q, k = normal(1, TIME, 1, SIZE), normal(1, TIME, 1, SIZE, seed=1)
+  # No edge of a block, one within which a whole document lies, and a hole.
+  segments = np.repeat(numbers, [9, 2, 29])
+  segments[14] = -1
+  ids = jnp.asarray(segments)[None]
+  run = chooser(4, 2, True)
+  before = np.asarray(run(q, k, segment_ids=ids))
+  for number in numbers:
+    mine = segments == number
+    other = jnp.where(mine[None, :, None, None], k, 9 * k[:, ::-1])
+    after = np.asarray(run(q, other, segment_ids=ids))
+    np.testing.assert_array_equal(after[:, mine], before[:, mine])
+  # The rest of the block where a document begins is still found.
+  assert (before[0, 20:] == 9 // BLOCK).any()
+
+
 def test_nothing_is_chosen_without_a_choice():
   q = normal(1, 8, 1, SIZE)
   assert nn.choose_blocks(q, q, num_remote=0).shape == (1, 8, 1, 0)
