@@ -16,6 +16,7 @@ from deepseek_jax.models.language import Caches, LanguageModel
 from deepseek_jax.nn import checks
 
 _CHUNK = 16  # Tokens between two looks from the host.
+_MOST = 2**31 - 1  # Tokens that an int32 can count.
 
 
 def generate(
@@ -102,6 +103,8 @@ def stream(
   key = _check_sampling(temperature, top_p, key)
   checks.require_positive(num_tokens=num_tokens)
   room = _checked_room(tokens.shape[1], num_tokens, max_length)
+  if cache_dtype is not None and not jnp.issubdtype(cache_dtype, jnp.floating):
+    raise ValueError(f"cache_dtype must be floating, got {cache_dtype=}.")
   # What is checked is checked at the call, not when the first token is wanted.
   return _stream(
     model, tokens, num_tokens, room, float(temperature), float(top_p), key,
@@ -203,12 +206,16 @@ def sample(
   """
   if greedy:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = logits / temperature
+  # From the largest down: 0 stays 0, however small the temperature is.
+  logits -= logits.max(-1, keepdims=True)
+  least = jnp.finfo(logits.dtype).tiny
+  logits /= jnp.maximum(temperature, least)
   order = jnp.argsort(logits, axis=-1, descending=True)
   ranked = jnp.take_along_axis(logits, order, axis=-1)
   p = jax.nn.softmax(ranked)
   before = jnp.cumsum(p, axis=-1) - p
-  kept = (before < top_p).at[:, 0].set(True)
+  # Rounded sums of many reach 1 before the last.
+  kept = ((before < top_p) | (top_p >= 1)).at[:, 0].set(True)
   drawn = jax.random.categorical(key, jnp.where(kept, ranked, -jnp.inf))
   token = jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
   return token.astype(jnp.int32)
@@ -223,7 +230,13 @@ def checked_prompt(
     ValueError: it is empty, not integers, holds an unknown token, or a
       separator that is not its beginning.
   """
-  tokens = np.atleast_2d(np.asarray(prompt))
+  try:
+    tokens = np.atleast_2d(np.asarray(prompt))
+  except ValueError as error:
+    raise ValueError(
+      "prompt must be rows of as many tokens each; prompts of several lengths "
+      "are generated one by one."
+    ) from error
   if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
     raise ValueError(
       "prompt must be at least one token, integers [B, T] or [T], got shape "
@@ -262,6 +275,12 @@ def _check_sampling(temperature, top_p, key) -> Key[Array, ""]:
 def _checked_room(length: int, num_tokens: int, most: int | None) -> int:
   """Returns how many tokens the cache shall have room for."""
   needed = length + num_tokens
+  if needed > _MOST:
+    raise ValueError(
+      f"num_tokens must be at most {_MOST} with the prompt, got {num_tokens=}."
+    )
+  if most is not None:
+    checks.require_positive(max_length=most)
   if most is not None and needed > most:
     raise ValueError(
       f"max_length must hold the prompt and num_tokens, {length} + "

@@ -7,10 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Integer
 
 from deepseek_jax import nn
-from deepseek_jax.nn import checks
+from deepseek_jax.kernels.block_sparse_attention.checks import check_rows
+from deepseek_jax.models import checks
+from deepseek_jax.nn.checks import require_positive
 
 Caches = list[nn.DecodeCache]
 
@@ -94,9 +96,9 @@ class LanguageModel(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    checks.require_positive(num_layers=num_layers, features=features)
-    pattern = _checked_pattern(attention, attention_options, num_layers)
-    _check_tokens(vocab_size, separator)
+    require_positive(num_layers=num_layers, features=features)
+    pattern = checks.checked_pattern(attention, attention_options, num_layers)
+    checks.check_vocabulary(vocab_size, separator)
     self.vocab_size = vocab_size
     self.separator = separator
     self.scale = math.sqrt(features)
@@ -133,13 +135,18 @@ class LanguageModel(nnx.Module):
       None
       if tied
       else nnx.Linear(
-        features, vocab_size, use_bias=False, dtype=dtype, rngs=rngs
+        features,
+        vocab_size,
+        use_bias=False,
+        dtype=dtype,
+        preferred_element_type=jnp.float32,
+        rngs=rngs,
       )
     )
 
   def __call__(
     self,
-    tokens: Int[Array, "B T"],
+    tokens: Integer[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
   ) -> Float32[Array, "B T V"]:
     """Returns for each token the logits of the one after it.
@@ -148,7 +155,12 @@ class LanguageModel(nnx.Module):
       tokens: in [0, V); whoever calls sees to it.
       segment_ids: tokens see each other only if they have the same number; a
         negative one marks padding. Found from the separators if None.
+
+    Raises:
+      ValueError: shapes do not fit, or something is not integers.
     """
+    tokens = checks.checked_tokens(tokens)
+    check_rows("segment_ids", segment_ids, tokens.shape, jnp.integer)
     if segment_ids is None and self.separator is not None:
       segment_ids = jnp.cumsum(tokens == self.separator, axis=1)
     x = self._embed(tokens)
@@ -174,7 +186,7 @@ class LanguageModel(nnx.Module):
 
   def prefill(
     self,
-    tokens: Int[Array, "B T"],
+    tokens: Integer[Array, "B T"],
     caches: Caches,
     length: Int[Array, ""] | int | None = None,
   ) -> tuple[Float32[Array, "B V"], Caches]:
@@ -189,8 +201,11 @@ class LanguageModel(nnx.Module):
         What comes after is padding, for fewer shapes to compile.
 
     Raises:
-      ValueError: the caches have too few rows or too little room.
+      ValueError: the caches have too few rows or too little room, or not so
+        many tokens can count.
     """
+    tokens = checks.checked_tokens(tokens)
+    checks.check_length(length, tokens.shape[1])
     x, filled = self._embed(tokens), []
     for layer, cache in zip(self.layers.unstacked(), caches, strict=True):
       x, cache = layer.prefill(x, cache, length)
@@ -200,7 +215,7 @@ class LanguageModel(nnx.Module):
     return self._logits(x)[:, 0], filled
 
   def decode(
-    self, token: Int[Array, "B"], caches: Caches
+    self, token: Integer[Array, "B"], caches: Caches
   ) -> tuple[Float32[Array, "B V"], Caches]:
     """Returns the logits after one more token, and the caches with it.
 
@@ -214,7 +229,11 @@ class LanguageModel(nnx.Module):
       ValueError: the caches are full (logits are NaN where nobody could tell
         before running).
     """
-    x, grown = self._embed(token[:, None]), []
+    if jnp.ndim(token) != 1:
+      raise ValueError(
+        f"token must be one of every row, [B], got shape {jnp.shape(token)}."
+      )
+    x, grown = self._embed(checks.checked_tokens(token[:, None])), []
     for layer, cache in zip(self.layers.unstacked(), caches, strict=True):
       x, cache = layer.decode(x, cache)
       grown.append(cache)
@@ -236,8 +255,10 @@ class LanguageModel(nnx.Module):
 
   def _logits(self, x):
     x = self.norm(x)
-    logits = self.embedding.attend(x) if self.head is None else self.head(x)
-    return logits.astype(jnp.float32)
+    if self.head is not None:
+      return self.head(x)
+    words = self.embedding.embedding[...].astype(x.dtype)
+    return jnp.matmul(x, words.T, preferred_element_type=jnp.float32)
 
 
 class DecoderLayer(nnx.Module):
@@ -280,6 +301,7 @@ class DecoderLayer(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
+    checks.check_attention([attention], attention_options)
     options: dict[str, Any] = dict(attention_options or {})
     if attention == "full":
       options["num_remote"] = None
@@ -337,37 +359,3 @@ class DecoderLayer(nnx.Module):
   def _think(self, x):
     thought = self.feed_forward(self.feed_forward_norm(x))
     return x + self.dropout(thought)
-
-
-def _checked_pattern(
-  attention: str | Sequence[str],
-  options: Mapping[str, Any] | None,
-  num_layers: int,
-) -> list[Any]:
-  """Returns the kinds of attention that repeat, as few as there can be."""
-  pattern = [attention] if isinstance(attention, str) else list(attention)
-  for kind in pattern:
-    checks.require_choice(("full", "dynamic"), attention=kind)
-  if not pattern or num_layers % len(pattern):
-    raise ValueError(
-      "attention must be one kind or a pattern whose length divides the "
-      f"layers, got {attention=} for {num_layers=}."
-    )
-  if options and "dynamic" not in pattern:
-    raise ValueError(
-      "attention_options are those of attention='dynamic', got "
-      f"attention_options={dict(options)} with {attention=}."
-    )
-  return pattern
-
-
-def _check_tokens(vocab_size: int, separator: int | None) -> None:
-  if not isinstance(vocab_size, int) or vocab_size < 2:
-    raise ValueError(
-      f"vocab_size must be an integer of at least 2, got {vocab_size=}."
-    )
-  if separator is not None and not 0 <= separator < vocab_size:
-    raise ValueError(
-      f"separator must be a token in [0, {vocab_size}) or None, got "
-      f"{separator=}."
-    )

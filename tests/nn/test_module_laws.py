@@ -21,6 +21,7 @@ class Case(NamedTuple):
   has_dropout: bool = True
   keeps_dtype: bool = True  # Logits are float32 in every computation.
   collapses_time: bool = False
+  vocabulary: int = 0  # Of tokens, where these are the inputs.
 
 
 TOKENS, IMAGE = (5, 8), (6, 7, 3)
@@ -98,6 +99,22 @@ MODULES = {
     ),
     TOKENS,
   ),
+  "gated feed-forward": Case(
+    lambda **kwargs: nn.GatedFeedForward(
+      8, 12, activation="dynamic_sparse_relu", **kwargs
+    ),
+    TOKENS,
+    takes_mask=False,
+    has_dropout=False,
+  ),
+  "layer stack": Case(
+    lambda **kwargs: nn.LayerStack(
+      [nn.AttentionBlock(8, dropout=0.5, **kwargs) for _ in range(2)],
+      scan=True,
+      remat=True,
+    ),
+    TOKENS,
+  ),
   "recurrent attention": Case(
     lambda **kwargs: models.RecurrentAttention(
       8, features=4, num_layers=2, bidirectional=True, dropout=0.5, **kwargs
@@ -134,6 +151,23 @@ MODULES = {
     IMAGE,
     takes_mask=False,
     keeps_dtype=False,
+  ),
+  "language model": Case(
+    lambda **kwargs: models.LanguageModel(
+      11,
+      features=8,
+      num_layers=2,
+      num_heads=2,
+      activation="dynamic_sparse_relu",
+      dropout=0.5,
+      separator=0,
+      scan=True,
+      **kwargs,
+    ),
+    (6,),
+    takes_mask=False,
+    keeps_dtype=False,
+    vocabulary=11,
   ),
 }
 
@@ -175,8 +209,11 @@ def build(name: str, dtype=jnp.float32, *, train: bool = False, graph=True):
 
 
 def inputs(name: str, dtype=jnp.float32, batch: int = 3) -> jax.Array:
-  shape = (batch, *MODULES[name].shape)
-  return jnp.asarray(np.random.default_rng(1).normal(size=shape), dtype)
+  shape, rng = (batch, *MODULES[name].shape), np.random.default_rng(1)
+  if MODULES[name].vocabulary:
+    tokens = rng.integers(MODULES[name].vocabulary, size=shape)
+    return jnp.asarray(tokens, jnp.int32)
+  return jnp.asarray(rng.normal(size=shape), dtype)
 
 
 def pure_split(module: nnx.Module):
@@ -285,7 +322,7 @@ def test_dropout_is_active_in_training_only(name):
 def test_examples_of_a_batch_do_not_see_each_other(name):
   module, x = build(name), inputs(name)
   together = apply(module, x)
-  changed = apply(module, x.at[1:].set(7.0))
+  changed = apply(module, x.at[1:].set(7))
   np.testing.assert_allclose(changed[0], together[0], rtol=1e-5, atol=1e-6)
 
 
