@@ -30,7 +30,8 @@ class Layer(nnx.Module):
 
   def __init__(self, seed: int, scale: float):
     self.linear = nnx.Linear(FEATURES, FEATURES, rngs=nnx.Rngs(seed))
-    self.activation = nn.DynamicSparseReLU(threshold=0.1 * seed, rate=0.5)
+    self.activation = nn.DynamicSparseReLU(rate=0.5)
+    self.activation.threshold[...] = jnp.full((), 0.1 * seed)
     self.dropout = nnx.Dropout(0.3, rngs=nnx.Rngs(dropout=100 + seed))
     self.calls = Calls(jnp.full((), seed, jnp.int32))
     self.scale = scale  # A layer of another scale is of another kind.
