@@ -10,7 +10,12 @@ from flax import nnx
 from deepseek_jax import data as data_lib
 from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.placement import Placement
-from deepseek_jax.train.step import StepSpec, jit_once, make_eval_step
+from deepseek_jax.train.step import (
+  IN_FLIGHT,
+  StepSpec,
+  jit_once,
+  make_eval_step,
+)
 
 _ROWS = 512
 _TOKENS = 16_384  # Of a batch of text; beyond, activations leave the caches.
@@ -71,8 +76,10 @@ class Evaluator:
   ) -> dict[str, float]:
     """Returns the metrics over a whole split, as `split/metric` -> float."""
     total = self._empty()
-    for batch in self._batches(split):
+    for number, batch in enumerate(self._batches(split), start=1):
       total, _ = self._step(params, rest, total, batch)
+      if number % IN_FLIGHT == 0:
+        jax.block_until_ready(total)
     values = jax.device_get(metrics_lib.compute(total))
     return metrics_lib.named(split.name, values)
 

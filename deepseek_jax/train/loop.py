@@ -17,6 +17,7 @@ from deepseek_jax.train.monitor import Monitor
 from deepseek_jax.train.run_directory import RunDirectory
 from deepseek_jax.train.signals import StopSignal
 from deepseek_jax.train.state import TrainState
+from deepseek_jax.train.step import IN_FLIGHT
 
 S = TypeVar("S")
 
@@ -271,7 +272,7 @@ def take_steps(
   stop: StopSignal,
   advance: Callable[[int], None],
 ) -> tuple[S, int]:
-  """Dispatches steps and waits for none of them: the hot loop.
+  """Dispatches steps and seldom waits for one: the hot loop.
 
   Args:
     state: Where to start; donated.
@@ -290,6 +291,8 @@ def take_steps(
     state = train_step(state, next(stream))
     step += 1
     advance(step)
+    if (step - first) % IN_FLIGHT == 0:
+      jax.block_until_ready(state)
   return state, step
 
 

@@ -22,6 +22,12 @@ from deepseek_jax.train.state import TrainState, pure
 
 Batch = Mapping[str, Array]
 
+# Steps that may be under way at once. More would hold more batches in memory,
+# and end a process of several CPU devices: XLA lets 32 computations a device be
+# under way, and a thread that waits for its turn there is missing where the
+# other devices wait for it in a collective.
+IN_FLIGHT = 16
+
 _LOSSES: dict[Task, Callable[[], losses_lib.Loss]] = {
   "classification": losses_lib.CrossEntropy,
   "regression": losses_lib.MeanSquaredError,

@@ -1,6 +1,7 @@
 """Laws of a run: what it gives, how it resumes."""
 
 import gc
+import itertools
 import json
 import os
 import pathlib
@@ -10,10 +11,12 @@ import threading
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import deepseek_jax as dj
 from deepseek_jax.train.loop import take_steps
@@ -162,6 +165,29 @@ def test_the_hot_loop_never_looks_at_the_state():
   )
   assert found is state
   assert (step, seen) == (8, [4, 5, 6, 7, 8])
+
+
+def test_thousands_of_steps_on_several_devices_come_to_their_end():
+  # XLA lets 32 computations a device be under way; it once waited for ever.
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  place = lambda x, *axes: jax.device_put(
+    x, NamedSharding(mesh, PartitionSpec(*axes))
+  )
+  step = jax.jit(
+    lambda state, x: state + jnp.mean(x @ x.T),
+    donate_argnums=0,
+    out_shardings=NamedSharding(mesh, PartitionSpec()),
+  )
+  found, _ = take_steps(
+    place(jnp.zeros(())),
+    step,
+    itertools.repeat(place(jnp.ones((64, 64)), "data")),
+    first=0,
+    last=2000,
+    stop=StopSignal(),
+    advance=lambda _: None,
+  )
+  assert found == 2000 * 64
 
 
 def test_accumulation_gives_the_same_run(run):
