@@ -16,7 +16,7 @@ def require_positive(**sizes: int) -> None:
       )
 
 
-def require_fraction(**fractions: float) -> None:
+def require_fraction(**fractions: int | float) -> None:
   """Raises `ValueError` naming the first fraction that is outside [0, 1).
 
   >>> require_fraction(dropout=1.0)
