@@ -23,14 +23,15 @@ from harness_figure import Spread
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 SCORES = {"digits": "accuracy", "text": "bits_per_byte"}
-_WARMUP = 0.3  # Share of the steps in which the target rises.
+_WARMUP = 0.2  # Share of the steps in which the target rises.
 
 
 def methods(task: str, steps: int) -> dict[str, Method]:
   """Returns the methods by name; a curve's names begin alike."""
   strengths = (0.1, 0.3, 1.0, 3.0) if task == "digits" else (0.03, 0.1, 0.3)
   targets = (0.8, 0.9, 0.95) if task == "digits" else (0.85, 0.9, 0.95)
-  rise = {"warmup": round(_WARMUP * steps)}
+  # Chosen on other seeds of the digits than those that are scored.
+  ours = {"warmup": round(_WARMUP * steps), "gradient": "smooth"}
   return {
     "ReLU": Method("sparse_relu"),
     "GELU": Method("gelu"),
@@ -48,7 +49,7 @@ def methods(task: str, steps: int) -> dict[str, Method]:
     "learned threshold": Method("learned_sparse_relu"),
     **{
       f"{figure.OURS} {target:g}": Method(
-        "target_sparse_relu", {"sparsity": target, **rise}
+        "target_sparse_relu", {"sparsity": target, **ours}
       )
       for target in targets
     },

@@ -209,7 +209,10 @@ def _language_model(method: Method, seed: int):
     rngs=nnx.Rngs(seed),
   )  # fmt: skip
   for layer in model.layers.layers:
-    layer.feed_forward.activation = nnx.data(method.build(256))  # pyrefly: ignore
+    built = method.build(256)
+    layer.feed_forward.activation = (
+      nnx.data(built) if isinstance(built, nnx.Module) else built  # pyrefly: ignore
+    )
   return model
 
 
