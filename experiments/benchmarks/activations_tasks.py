@@ -210,9 +210,9 @@ def _language_model(method: Method, seed: int):
   )  # fmt: skip
   for layer in model.layers.layers:
     built = method.build(256)
-    layer.feed_forward.activation = (
-      nnx.data(built) if isinstance(built, nnx.Module) else built  # pyrefly: ignore
-    )
+    if isinstance(built, nnx.Module):
+      built = nnx.data(built)
+    layer.feed_forward.activation = built  # pyrefly: ignore
   return model
 
 
