@@ -64,6 +64,7 @@ def test_evaluate_reads_the_data_set_from_where_it_is_told(trained, tmp_path):
   assert (tmp_path / "elsewhere" / "digits").is_dir()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing(trained):
   workdir, _ = trained
   before = (workdir / "metrics.jsonl").stat().st_mtime_ns
@@ -72,6 +73,7 @@ def test_the_same_command_again_trains_nothing(trained):
   assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_workdir_are_refused(trained):
   workdir, _ = trained
   process = run("train", DIGITS, "--workdir", workdir, *TINY, "--seed", "1")
@@ -80,6 +82,7 @@ def test_other_settings_in_the_same_workdir_are_refused(trained):
   assert "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_exits_75(tmp_path, data_dir):
   workdir = tmp_path / "run"
   words = ("train", DIGITS, "--workdir", str(workdir), "--train.epochs", "400")

@@ -153,7 +153,13 @@ def test_first_python_block_of_the_readme_has_at_most_12_lines():
     pytest.param("epochs=1", id="one_epoch"),
   ],
 )
-@pytest.mark.parametrize("index", range(len(python_blocks())))
+@pytest.mark.parametrize(
+  "index",
+  [
+    pytest.param(i, marks=() if i < 2 else pytest.mark.slow)
+    for i in range(len(python_blocks()))
+  ],
+)
 def test_python_block_of_the_readme_runs(index, epochs, tmp_path):
   code = re.sub(r"\bepochs=\d+", epochs, python_blocks()[index])
   fake_devices = {"JAX_NUM_CPU_DEVICES"}  # A reader has none.

@@ -86,6 +86,7 @@ def test_steps_over_length_hold_as_many_tokens(bench):
   assert losses["full, XLA"] == pytest.approx(losses["full, ours"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cache_serves_the_same_context_again(bench):
   found = bench("generate", "--widths=16", "--lengths", "32", "64")
   found = found["details"]["widths"]["16"]
@@ -94,6 +95,7 @@ def test_a_cache_serves_the_same_context_again(bench):
     assert seconds.keys() == {"32", "64"}
 
 
+@pytest.mark.slow
 def test_missing_torch_is_skipped_and_losses_agree(bench, capsys):
   flags = ["--lengths=32", "--tokens=64", "--steps=1", "--torch-python=nowhere"]
   found = bench("peers", *flags)["details"]["cases"]

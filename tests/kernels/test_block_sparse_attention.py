@@ -307,6 +307,7 @@ def test_what_is_not_a_number_stays_in_its_block_and_after(monkeypatch):
   np.testing.assert_allclose(out, X, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_numbers_of_segments_may_have_no_sign(monkeypatch):
   monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   run = functools.partial(

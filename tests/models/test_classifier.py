@@ -93,6 +93,7 @@ class Vote(nnx.Module):
     return nn.pool_mean(tokens, mask)[:, :CLASSES]
 
 
+@pytest.mark.slow
 def test_each_part_can_be_exchanged():
   rngs = nnx.Rngs(1)
   parts = {

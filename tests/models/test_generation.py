@@ -30,7 +30,12 @@ KINDS = {
 LENGTHS = (1, 7, 8, 9, 63, 64, 65)  # Beside edges of blocks and of padding.
 slow = pytest.mark.slow
 each_kind = pytest.mark.parametrize(
-  "kind", ["full", "mixed", pytest.param("dynamic", marks=slow)]
+  "kind",
+  [
+    "full",
+    pytest.param("mixed", marks=slow),
+    pytest.param("dynamic", marks=slow),
+  ],
 )
 
 

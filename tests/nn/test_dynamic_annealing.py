@@ -55,10 +55,11 @@ def annealed(**arguments):
   ("learn_window", "levels"),
   [
     (False, FEW),
-    pytest.param(False, LEVELS, marks=pytest.mark.slow),
-    pytest.param(True, LEVELS, marks=pytest.mark.slow),
+    (False, LEVELS),
+    (True, LEVELS),
   ],
 )
+@pytest.mark.slow
 def test_every_level_is_attention_with_that_many_blocks(learn_window, levels):
   run = annealed(learn_window=learn_window, schedule=levels)
   last = levels[-1][1]
@@ -128,8 +129,9 @@ class Recall(nnx.Module):
 
 @pytest.mark.parametrize(
   ("accumulate", "levels"),
-  [(1, FEW), pytest.param(2, LEVELS, marks=pytest.mark.slow)],
+  [(1, FEW), (2, LEVELS)],
 )
+@pytest.mark.slow
 def test_training_passes_through_the_levels_in_one_compilation(
   tmp_path, accumulate, levels
 ):

@@ -59,6 +59,7 @@ def test_padding_is_zero_and_segments_are_apart():
   )
 
 
+@pytest.mark.slow
 def test_only_distances_between_positions_matter():
   x = normal(BATCH, TIME, FEATURES)
   plain = jnp.broadcast_to(jnp.arange(TIME), (BATCH, TIME))
@@ -182,6 +183,7 @@ def test_a_classifier_of_pixels_trains_with_it(tmp_path):
   assert int(calls) == result.best_step
 
 
+@pytest.mark.slow
 def test_a_layer_searches_by_region_if_told_to(monkeypatch):
   x = jax.random.normal(jax.random.key(0), (1, 128, 8))
   make = lambda two_level: nn.DynamicAttention(

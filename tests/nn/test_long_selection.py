@@ -76,6 +76,7 @@ def needles(time, count, cosine, size=64, seed=0):
   return jnp.asarray(q), jnp.asarray(k), seekers, hidden
 
 
+@pytest.mark.slow
 def test_it_finds_more_needles_than_scoring_every_block():
   q, k, seekers, hidden = needles(4096, 400, cosine=0.9)
   found = {}

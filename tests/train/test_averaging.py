@@ -97,6 +97,7 @@ def test_the_average_is_evaluated_compared_and_returned(run, problem, linear):
   )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_from_the_iterate_to_the_same_bits(run):
   def averaged(stop_at):
     return {"tx": anytime_average(recorded({}, stop_at), dtype=jnp.bfloat16)}

@@ -175,6 +175,7 @@ def small_disk(tmp_path):
   "ignore::pytest.PytestUnraisableExceptionWarning",
   "ignore:coroutine .* was never awaited:RuntimeWarning",
 )
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_and_space_lets_it_go_on(small_disk, one_device):
   x = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
   split = {"x": x, "y": x[:, 0]}

@@ -74,8 +74,8 @@ def test_every_field_of_the_classifier_reaches_the_model():
     assert structure(changed) != want, field.name
 
 
-# Far blocks take most of the time to compile, and have laws of their own.
-@pytest.mark.parametrize("remote", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remote", [0, 2])
+@pytest.mark.slow
 def test_dynamic_attention_trains_by_flags_that_the_run_remembers(
   remote, tmp_path, data_dir, capsys
 ):

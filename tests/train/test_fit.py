@@ -98,8 +98,17 @@ def test_calling_again_after_the_end_returns_the_same_result(run, tmp_path):
   assert log.stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("step", [0, 7, 13])
-@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(
+  ("prefetch", "step"),
+  [
+    (0, 7),
+    (2, 13),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [(0, 0), (0, 13), (2, 0), (2, 7)]
+    ),
+  ],
+)
 def test_a_signalled_run_goes_on_to_the_same_bits(run, step, prefetch):
   tx = dj.optim.deepseek() if (step, prefetch) == (7, 2) else adam()
   whole = run("whole", tx=optax.chain(tx, stop_at(-1)))
@@ -254,6 +263,7 @@ def test_tensorboard_events_can_be_read_back(run, tmp_path):
     assert tag in content
 
 
+@pytest.mark.slow
 def test_regression_and_clipping(run):
   x = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
   split = {"x": x, "y": x @ np.arange(6, dtype=np.float32) / 6}
@@ -292,7 +302,14 @@ def test_a_checkpoint_of_another_optimizer_is_told_by_path(run, tmp_path):
   "ignore:coroutine .* was never awaited:RuntimeWarning",
 )
 @pytest.mark.parametrize(
-  "victim", ["model/manifest.ocdbt", "training", "progress/metadata", "data"]
+  "victim",
+  [
+    "training",
+    *(
+      pytest.param(item, marks=pytest.mark.slow)
+      for item in ["model/manifest.ocdbt", "progress/metadata", "data"]
+    ),
+  ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
   run, tmp_path, victim
@@ -332,6 +349,7 @@ def test_a_loss_of_your_own_is_the_same_in_every_process(run):
   assert_same(run(loss=Mine()), run(loss=Mine()))
 
 
+@pytest.mark.slow
 def test_a_torn_log_line_is_written_again(run, tmp_path):
   tx = adam()
   whole = run("whole", tx=optax.chain(tx, stop_at(-1)))

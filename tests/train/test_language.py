@@ -94,6 +94,7 @@ def test_bits_per_byte_count_the_bytes_of_targets_that_are_there():
   np.testing.assert_allclose(found["accuracy"], right)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_bits_per_byte_and_samples(run, capsys):
   result = json.loads((run / "result.json").read_text())
   bits = result["metrics"]["test/bits_per_byte"]
@@ -108,6 +109,7 @@ def test_a_run_leaves_bits_per_byte_and_samples(run, capsys):
   assert "gzip -9" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_same_again(run, capsys):
   assert cli.main(["evaluate", str(run)]) == cli.OK
   found = json.loads(capsys.readouterr().out)
@@ -118,6 +120,7 @@ def test_evaluate_gives_the_same_again(run, capsys):
   )
 
 
+@pytest.mark.slow
 def test_generate_prints_the_prompt_and_what_follows(run, capsys):
   words = ["generate", str(run), "--prompt", "import ", "--num-tokens", "7"]
   assert cli.main([*words, "--temperature", "0"]) == cli.OK
@@ -136,6 +139,7 @@ def test_generate_prints_the_prompt_and_what_follows(run, capsys):
     (["--num-tokens", "0"], "num_tokens must be"),
   ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_written_is_named(run, words, message, capsys):
   assert cli.main(["generate", str(run), *words]) == cli.BAD_INPUT
 
@@ -155,6 +159,7 @@ def test_pieces_of_a_sign_are_held_back_until_it_is_whole(monkeypatch):
   assert "\N{REPLACEMENT CHARACTER}" not in "".join(found)
 
 
+@pytest.mark.slow
 def test_every_field_of_the_model_reaches_it():
   other = dj.train.LanguageModel(
     features=32, num_layers=6, num_heads=8, num_kv_heads=2, head_dim=16,
@@ -204,6 +209,7 @@ def test_a_scanned_model_trains_with_its_layers_whitened_one_by_one(data_dir):
   assert plain.optimizer.stacked == ()
 
 
+@pytest.mark.slow
 def test_a_damaged_text_json_is_named(run, tmp_path):
   (tmp_path / "run.json").write_text((run / "run.json").read_text())
   (tmp_path / "text.json").write_text('{"compressors": {}, "samples": [1]}')
@@ -224,6 +230,7 @@ def test_a_language_model_refuses_images():
 
 
 @pytest.mark.slow  # Learns pairs of bytes.
+@pytest.mark.slow
 def test_another_vocabulary_in_the_same_run_is_refused(run, data_dir):
   asked = json.loads((run / "run.json").read_text())["config"]
   asked.pop("kind")
