@@ -152,9 +152,11 @@ def test_eager_calls_in_training_move_the_state(way):
 def test_flax_may_transform_it_too():
   stack = nn.LayerStack(layers(), scan=True, remat=True)
   stack.train()
-  grads = nnx.jit(nnx.grad(lambda stack, x: stack(x).sum()))(
-    stack, normal(3, FEATURES)
-  )
+  # In tree mode `nnx.grad` is asked for gradients of integers, too.
+  with nnx.set_graph_mode(True), nnx.set_graph_updates(True):
+    grads = nnx.jit(nnx.grad(lambda stack, x: stack(x).sum()))(
+      stack, normal(3, FEATURES)
+    )
   assert [int(layer.calls[...]) for layer in stack.unstacked()] == [1, 2, 3, 4]
   assert all(np.asarray(g).any() for g in jax.tree.leaves(nnx.as_pure(grads)))
 
