@@ -26,8 +26,8 @@ class LanguageModel(nnx.Module):
 
   With "dynamic" attention, time and memory of a token do not grow with the
   text; with "full", they do. Both have the same parameters, but for the
-  directions of hashing, and may be mixed by layer. For texts of a few thousand
-  tokens "full" is as fast: `experiments/results/language_model.json` has the
+  directions of hashing, and may be mixed by layer. Below some 1,200 tokens "full"
+  is faster on a CPU: `experiments/results/language_model_step.json` has the
   crossover.
 
   >>> model = LanguageModel(256, features=16, num_layers=2, rngs=nnx.Rngs(0))
