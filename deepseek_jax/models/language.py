@@ -26,9 +26,8 @@ class LanguageModel(nnx.Module):
 
   With "dynamic" attention, time and memory of a token do not grow with the
   text; with "full", they do. Both have the same parameters, but for the
-  directions of hashing, and may be mixed by layer. Below some 1,200 tokens "full"
-  is faster on a CPU: `experiments/results/language_model_step.json` has the
-  crossover.
+  directions of hashing, and may be mixed by layer. On a CPU "full" is faster
+  below some 1,200 tokens, see `experiments/results/language_model_step.json`.
 
   >>> model = LanguageModel(256, features=16, num_layers=2, rngs=nnx.Rngs(0))
   >>> model(jnp.zeros((1, 8), jnp.int32)).shape
