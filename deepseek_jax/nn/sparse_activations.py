@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from deepseek_jax.core import arguments
 from deepseek_jax.nn import checks
 from deepseek_jax.nn.sparse_relu import SparseReLU, move
 from deepseek_jax.nn.thresholds import Gradient
@@ -130,8 +131,7 @@ class TargetSparseReLU(SparseReLU):
     if features is None or features < 2:
       raise ValueError(f"features must be at least 2, got {features=}.")
     super().__init__(features, floor=floor, shifted=shifted, **options)
-    if not 0 < sparsity < 1:
-      raise ValueError(f"sparsity must be in (0, 1), got {sparsity=}.")
+    arguments.require_in("(0, 1)", sparsity=sparsity)
     if not isinstance(warmup, int) or warmup < 0:
       raise ValueError(
         f"warmup must be an integer of at least 0, got {warmup=!r}."

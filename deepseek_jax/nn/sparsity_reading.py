@@ -13,6 +13,8 @@ from deepseek_jax.nn.sparse_relu import SparseReLU
 class Sparsity(NamedTuple):
   """What is read of one sparse activation.
 
+  Both are NaN before the first call that counts.
+
   Attributes:
     zeros: share of zeros.
     dead: share of channels that (almost) never fire; NaN where the layer does
@@ -59,7 +61,7 @@ def sparsity(
     if layer.features is None:
       dead = np.full(zeros.shape, np.nan)
     else:
-      dead = dead.mean(-1)
+      dead = np.where(np.isnan(zeros), np.nan, dead.mean(-1))
     for place in np.ndindex(zeros.shape):
       mark = "".join(f"[{i}]" for i in place)
       found[name + mark] = Sparsity(float(zeros[place]), float(dead[place]))

@@ -118,6 +118,7 @@ def test_layer_that_knows_no_channels_tells_zeros_alone():
 
 def test_nothing_was_read_before_the_first_call():
   assert np.isnan(nn.SparseReLU(4).sparsity())
+  assert np.isnan(nn.sparsity(nnx.List([nn.SparseReLU(4)]))["0"]).all()
   assert nn.sparsity(nnx.Linear(2, 2, rngs=nnx.Rngs(0))) == {}
 
 
@@ -189,6 +190,7 @@ def test_state_comes_back_from_a_checkpoint_bit_for_bit(tmp_path):
     (nn.TargetSparseReLU, {"features": 1}, "features must be at least 2.*1"),
     (nn.TargetSparseReLU, {"sparsity": 0.0}, r"sparsity must be in \(0, 1\)"),
     (nn.TargetSparseReLU, {"sparsity": 1.0}, r"sparsity must be in \(0, 1\)"),
+    (nn.TargetSparseReLU, {"sparsity": np.nan}, "sparsity must be in .*nan"),
     (nn.TargetSparseReLU, {"warmup": -1}, "warmup must be an integer.*-1"),
     (nn.LearnedSparseReLU, {"threshold": 5.0}, r"threshold must be in \[-4"),
     (nn.LearnedSparseReLU, {"gradient": "exact"}, "gradient must be 'straight"),
