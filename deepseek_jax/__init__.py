@@ -11,7 +11,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["core", "data", "kernels", "models", "nn", "optim", "train"]
+__all__ = [
+  "core",
+  "data",
+  "kernels",
+  "models",
+  "nn",
+  "optim",
+  "parallel",
+  "train",
+]
 
 if TYPE_CHECKING:
   from deepseek_jax import core as core
@@ -20,6 +29,7 @@ if TYPE_CHECKING:
   from deepseek_jax import models as models
   from deepseek_jax import nn as nn
   from deepseek_jax import optim as optim
+  from deepseek_jax import parallel as parallel
   from deepseek_jax import train as train
 
 

@@ -1,0 +1,70 @@
+"""The mesh that is being traced for, as modules see it.
+
+A step is traced under `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`.
+Modules never hold a mesh: they ask here for the sizes of its axes, and get 1
+where there is none, so that the same code runs on one device.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+from deepseek_jax.parallel.mesh import BATCH_AXES
+
+Axes = str | Sequence[str] | None
+"""What one dimension is cut over."""
+
+
+def axis_size(*names: str) -> int:
+  """Returns how many parts these axes of the mesh make, 1 where there is none.
+
+  Axes that the surrounding `jax.shard_map` has already taken count as 1.
+
+  >>> axis_size("tensor")
+  1
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  free = _free(mesh)
+  return math.prod(mesh.shape[name] for name in names if name in free)
+
+
+def batch_axes() -> tuple[str, ...]:
+  """Returns the axes of more than one device that rows are cut over."""
+  return tuple(name for name in BATCH_AXES if axis_size(name) > 1)
+
+
+def constrain(x: Array, *dims: Axes) -> Array:
+  """Returns `x`, told to lie over the mesh in this way.
+
+  An axis that the mesh has not, or that does not divide its dimension, leaves
+  that dimension whole: this says what is wanted, and errors are for rules.
+
+  >>> constrain(jax.numpy.ones((4, 2)), "data", None).shape
+  (4, 2)
+
+  Args:
+    x: Any array.
+    *dims: For each dimension the axis or axes to cut it over; those left out
+      are whole.
+  """
+  fitting = [_fitting(axes, size) for axes, size in zip(dims, x.shape)]  # noqa: B905
+  if not any(fitting):
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
+
+
+def _fitting(axes: Axes, size: int) -> tuple[str, ...] | None:
+  if axes is None:
+    return None
+  axes = (axes,) if isinstance(axes, str) else axes
+  axes = tuple(name for name in axes if axis_size(name) > 1)
+  return axes if axes and size % axis_size(*axes) == 0 else None
+
+
+def _free(mesh: jax.sharding.AbstractMesh) -> set[str]:
+  """Returns the axes that the compiler still decides over."""
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return {name for name, kind in kinds if kind == AxisType.Auto}
