@@ -1,14 +1,27 @@
 """Meshes, and who keeps what of a model on them."""
 
-from deepseek_jax.parallel.ambient import axis_size, batch_axes, constrain
-from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, MeshSpec, make_mesh
-
-__all__ = [
-  "AXES",
-  "BATCH_AXES",
-  "MeshSpec",
-  "axis_size",
-  "batch_axes",
-  "constrain",
-  "make_mesh",
-]
+from deepseek_jax.parallel.ambient import axis_size as axis_size
+from deepseek_jax.parallel.ambient import batch_axes as batch_axes
+from deepseek_jax.parallel.ambient import constrain as constrain
+from deepseek_jax.parallel.fitting import FSDP_MIN_SIZE as FSDP_MIN_SIZE
+from deepseek_jax.parallel.mesh import AXES as AXES
+from deepseek_jax.parallel.mesh import BATCH_AXES as BATCH_AXES
+from deepseek_jax.parallel.mesh import MeshSpec as MeshSpec
+from deepseek_jax.parallel.mesh import make_mesh as make_mesh
+from deepseek_jax.parallel.place import describe as describe
+from deepseek_jax.parallel.place import device_bytes as device_bytes
+from deepseek_jax.parallel.place import local_rows as local_rows
+from deepseek_jax.parallel.place import make_sharded as make_sharded
+from deepseek_jax.parallel.place import put_batch as put_batch
+from deepseek_jax.parallel.rules import Largest as Largest
+from deepseek_jax.parallel.rules import Placement as Placement
+from deepseek_jax.parallel.rules import Preferred as Preferred
+from deepseek_jax.parallel.rules import Rules as Rules
+from deepseek_jax.parallel.rules import joint_specs as joint_specs
+from deepseek_jax.parallel.rules import merge as merge
+from deepseek_jax.parallel.rules import shardings as shardings
+from deepseek_jax.parallel.rules import specs as specs
+from deepseek_jax.parallel.rules import state_specs as state_specs
+from deepseek_jax.parallel.tables import CLASSIFIER as CLASSIFIER
+from deepseek_jax.parallel.tables import DEFAULT as DEFAULT
+from deepseek_jax.parallel.tables import LANGUAGE_MODEL as LANGUAGE_MODEL
