@@ -2,6 +2,7 @@
 
 from deepseek_jax.parallel.ambient import axis_size, batch_axes, constrain
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, MeshSpec, make_mesh
+from deepseek_jax.parallel.wire import wire_bytes
 
 __all__ = [
   "AXES",
@@ -11,4 +12,5 @@ __all__ = [
   "batch_axes",
   "constrain",
   "make_mesh",
+  "wire_bytes",
 ]
