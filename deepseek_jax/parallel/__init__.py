@@ -25,3 +25,4 @@ from deepseek_jax.parallel.rules import state_specs as state_specs
 from deepseek_jax.parallel.tables import CLASSIFIER as CLASSIFIER
 from deepseek_jax.parallel.tables import DEFAULT as DEFAULT
 from deepseek_jax.parallel.tables import LANGUAGE_MODEL as LANGUAGE_MODEL
+from deepseek_jax.parallel.wire import wire_bytes as wire_bytes
