@@ -6,20 +6,20 @@ SIGINT after writing a checkpoint, run the same command again to go on.
 """
 
 import difflib
-import importlib.util
 import json
 import pathlib
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from deepseek_jax.experiment_file import configured, load_experiment
+
 if TYPE_CHECKING:
-  from deepseek_jax.train.config import Experiment
+  from deepseek_jax.train.result import Result
 
 OK, BAD_INPUT, NON_FINITE, NOT_WRITTEN, STOPPED = 0, 2, 3, 4, 75
 
@@ -27,6 +27,9 @@ _EXIT_CODES = (
   "exit codes: 0 done · 2 wrong input · 3 loss stayed non-finite · "
   "4 file not written · 75 stopped by a signal, run again to go on"
 )
+
+
+_HELP = f"--dry-run only prints what a step needs.\n\n{_EXIT_CODES}"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -83,30 +86,40 @@ def train(
   """Train the experiment in FILE.py, or go on with it.
 
   Every field of the experiment is a flag: `deepseek-jax train FILE.py --help`
-  lists them with their defaults, `--train.epochs 5` sets one.
+  lists them with their defaults, `--train.epochs 5` sets one. With `--dry-run`
+  nothing is allocated: it compiles the step and prints parameters, memory and
+  bytes on the wire; more devices than there are, are fake ones.
 
   Args:
     file: A Python file that defines `experiment`.
     overrides: Flags for the experiment's fields.
   """
-  experiment = _load_experiment(file)
-  experiment = tyro.cli(
-    type(experiment),
-    default=experiment,
-    args=overrides,
-    prog=f"deepseek-jax train {file}",
-    description=f"{type(experiment).__doc__}\n\n{_EXIT_CODES}",
-  )
+  flags = [flag for flag in overrides if flag != "--dry-run"]
+  experiment = configured(file, flags, prog="deepseek-jax train", epilog=_HELP)
+  if len(flags) < len(overrides):
+    from deepseek_jax.train.plan import Plan, devices_for
+
+    devices = devices_for(experiment.mesh)
+    print(Plan.of(experiment).dry_run(devices))
+    return OK
   result = experiment.run()
+  summary = experiment.summary(result.workdir)
+  _tell(result, summary)
+  return _exit_code(result)
+
+
+def _tell(result: "Result", summary: str) -> None:
+  """Prints how a run went, and where its report is."""
   if not result.complete:
     print(
       f"stopped by {result.ended_by} at step {result.steps}; the same "
       f"command goes on from there",
       file=sys.stderr,
     )
-    return STOPPED
-  _print_metrics(result.metrics)
-  if summary := experiment.summary(result.workdir):
+    return
+  for name, value in result.metrics.items():
+    print(f"{name:22} {value:.4f}")
+  if summary:
     print(summary)
   from deepseek_jax.train.report import write_report
 
@@ -122,8 +135,12 @@ def train(
       f"{kept}",
       file=sys.stderr,
     )
-    return NON_FINITE
-  return OK
+
+
+def _exit_code(result: "Result") -> int:
+  if not result.complete:
+    return STOPPED
+  return NON_FINITE if result.ended_by == "non-finite" else OK
 
 
 def evaluate(
@@ -142,7 +159,7 @@ def evaluate(
   """
   from deepseek_jax import train as train_lib
 
-  kind = None if file is None else type(_load_experiment(file))
+  kind = None if file is None else type(load_experiment(file))
   print(
     json.dumps(
       train_lib.evaluate(run, split=split, kind=kind, data_dir=data_dir),
@@ -177,7 +194,7 @@ def generate(
   from deepseek_jax import models
   from deepseek_jax import train as train_lib
 
-  kind = None if file is None else type(_load_experiment(file))
+  kind = None if file is None else type(load_experiment(file))
   _, model = train_lib.load_model(run, kind=kind)
   if not isinstance(model, models.LanguageModel):
     raise ValueError(
@@ -209,32 +226,6 @@ def report(run: tyro.conf.Positional[pathlib.Path]) -> int:
 
   print(write_report(run))
   return OK
-
-
-def _load_experiment(file: pathlib.Path) -> "Experiment":
-  """Executes a file the user named and returns its `experiment`."""
-  if not file.is_file():
-    raise FileNotFoundError(f"no experiment file {str(file)!r}.")
-  spec = importlib.util.spec_from_file_location("_experiment", file)
-  if spec is None or spec.loader is None:
-    raise ValueError(f"file must be a Python file, got {str(file)!r}.")
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[module.__name__] = module  # Its classes' type hints need it.
-  sys.path.insert(0, str(file.parent.absolute()))  # As `python FILE` has it.
-  try:
-    spec.loader.exec_module(module)
-  except Exception:
-    traceback.print_exc()  # The mistake is in the file: its lines are wanted.
-    raise SystemExit(BAD_INPUT) from None
-  from deepseek_jax.train.config import Experiment
-
-  experiment = getattr(module, "experiment", None)
-  if not isinstance(experiment, Experiment):
-    raise ValueError(
-      f"{file} must define `experiment`, an instance of "
-      f"deepseek_jax.train.config.Experiment, got {type(experiment).__name__}."
-    )
-  return experiment
 
 
 def _check_command(args: Sequence[str], commands: dict) -> None:

@@ -16,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from deepseek_jax.core import tree
 from deepseek_jax.optim.averaging import averaged_params
+from deepseek_jax.train.processes import of_first
 from deepseek_jax.train.state import TrainState
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,12 +39,13 @@ class Checkpoints:
 
   A step directory holds four items: `model` (parameters and other model state,
   all that evaluation needs), `training` (counters, optimizer and metric state),
-  `data` (the Grain iterator) and `progress` (plain JSON). Where the optimizer
-  averages, `model` holds the averaged parameters and `training` the ones to go
-  on from. Arrays are stored under their path, `params/stages/0/kernel`, so that
-  a mismatch can be told by path. Orbax commits a step by renaming its
-  directory: a process killed in the middle of a save leaves the previous step
-  as the latest.
+  `data` (where the data stands) and `progress`, the last two plain JSON. Where
+  the optimizer averages, `model` holds the averaged parameters and `training`
+  the ones to go on from. Nothing depends on how arrays lie over devices and
+  processes: a run may go on on others. Arrays are stored under their path,
+  `params/stages/0/kernel`, so that a mismatch can be told by path. Orbax
+  commits a step by renaming its directory: a process killed in the middle of a
+  save leaves the previous step as the latest.
 
   Args:
     directory: Where to write; made when missing.
@@ -59,7 +61,7 @@ class Checkpoints:
     if directory.exists() and not directory.is_dir():
       raise ValueError(f"{directory} must be a directory, got a file.")
     if not read_only:
-      _sweep(directory)
+      of_first(lambda: _sweep(directory))
     logging.getLogger("absl").addFilter(_is_news)
     self._policy = _LatestAndBest(keep)
     self._manager = ocp.CheckpointManager(
@@ -67,8 +69,9 @@ class Checkpoints:
       item_handlers={
         "model": ocp.StandardCheckpointHandler(),
         "training": ocp.StandardCheckpointHandler(),
-        # Orbax takes it by its methods, not by its class.
-        "data": grain.checkpoint.CheckpointHandler(),  # pyrefly: ignore
+        # Not Grain's handler, which writes a file for each process: the place
+        # in the data is the same for any number of them.
+        "data": ocp.JsonCheckpointHandler(),
         "progress": ocp.JsonCheckpointHandler(),
       },
       options=ocp.CheckpointManagerOptions(
@@ -132,7 +135,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           model=ocp.args.StandardSave(model),
           training=ocp.args.StandardSave(training),
-          data=grain.checkpoint.CheckpointSave(iterator),
+          data=ocp.args.JsonSave(iterator.get_state()),
           progress=ocp.args.JsonSave(dict(progress)),
         ),
       )
@@ -169,10 +172,11 @@ class Checkpoints:
         args=ocp.args.Composite(
           model=ocp.args.StandardRestore(_abstract(model)),
           training=ocp.args.StandardRestore(_abstract(training)),
-          data=grain.checkpoint.CheckpointRestore(iterator),
+          data=ocp.args.JsonRestore(),
           progress=ocp.args.JsonRestore(),
         ),
       )
+    iterator.set_state(restored["data"])
     # In this order: parameters in `training` are those before averaging.
     flat = {**restored["model"], **restored["training"]}
     leaves = [flat[path] for path in tree.leaf_paths(like)]

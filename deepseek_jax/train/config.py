@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from deepseek_jax import data as data_lib
-from deepseek_jax import models, optim
+from deepseek_jax import models, optim, parallel
 from deepseek_jax.train import losses
 from deepseek_jax.train.fit import fit
 from deepseek_jax.train.loop import total_steps
@@ -245,6 +245,8 @@ class Experiment:
   model: Classifier = Classifier()
   optimizer: Optimizer = Optimizer()
   train: Train = Train()
+  # How devices share the work; all of them along "data" by default.
+  mesh: parallel.MeshSpec = dataclasses.field(default_factory=parallel.MeshSpec)
   # Seed of the initial weights, of dropout and of the order of examples.
   seed: int = 0
   # Run directory.
@@ -270,6 +272,11 @@ class Experiment:
       class_weights=self.train.class_weights,
     )
 
+  def total_steps(self, data: data_lib.Dataset) -> int:
+    """Returns how many steps the whole run has."""
+    per_epoch = data_lib.steps_per_epoch(len(data.train), self.data.batch_size)
+    return total_steps(self.train.epochs, self.train.steps, per_epoch)[0]
+
   def run(self) -> Result:
     """Trains, or goes on with what is in `workdir`.
 
@@ -277,8 +284,6 @@ class Experiment:
       ValueError: As `train.fit`.
     """
     data = self.data.load()
-    per_epoch = data_lib.steps_per_epoch(len(data.train), self.data.batch_size)
-    total, _ = total_steps(self.train.epochs, self.train.steps, per_epoch)
     options = {
       field.name: getattr(self.train, field.name)
       for field in dataclasses.fields(self.train)
@@ -286,10 +291,11 @@ class Experiment:
     for name in ("label_smoothing", "class_weights"):
       del options[name]  # Parts of the loss.
     return fit(
-      self.build_model(data.schema),
-      self.build_optimizer(total),
+      functools.partial(self.build_model, data.schema),
+      self.build_optimizer(self.total_steps(data)),
       data,
       workdir=self.workdir,
+      mesh=self.mesh,
       batch_size=self.data.batch_size,
       seed=self.seed,
       loss=self.build_loss(data.schema),
@@ -306,6 +312,7 @@ class Experiment:
 # Fields that may differ between two starts of one run.
 _FREE = {
   "workdir": None,
+  "mesh": None,
   "samples": None,
   "data": ("data_dir",),
   "train": ("checkpoint_seconds", "progress", "tensorboard"),

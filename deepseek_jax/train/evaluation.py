@@ -30,12 +30,13 @@ def batch_rows(placement: Placement, *splits: data_lib.Split) -> int:
   rows = min(_ROWS, *map(len, splits))
   if splits[0].schema.task == "language":
     length = splits[0].schema.target_feature.shape[0]
-    rows = min(rows, max(_TOKENS // length, placement.mesh.size))
-  shared = rows - rows % placement.mesh.size
+    rows = min(rows, max(_TOKENS // length, placement.row_parts))
+  shared = rows - rows % placement.row_parts
   if not shared:
     raise ValueError(
-      f"a split must hold at least {placement.mesh.size} examples to be "
-      f"evaluated, one a device, got {rows}."
+      f"a split must hold at least {placement.row_parts} examples to be "
+      "evaluated, one for each part that the mesh cuts rows into, got "
+      f"{rows}."
     )
   return shared
 
@@ -67,6 +68,7 @@ class Evaluator:
     self._step = jit_once(
       make_eval_step(structure, spec),
       "evaluation step",
+      mesh=placement.mesh,
       donate_argnums=2,
       out_shardings=(placement.replicated, placement.rows),
     )
@@ -90,9 +92,11 @@ class Evaluator:
     outputs, targets = [], []
     for batch in self._batches(split):
       _, found = self._step(params, rest, self._empty(), batch)
-      real = np.asarray(batch["mask"]) > 0
-      outputs.append(np.asarray(found)[real])
-      targets.append(np.asarray(batch[self._spec.target])[real])
+      found, wanted, mask = self._placement.on_host(
+        (found, batch[self._spec.target], batch["mask"])
+      )
+      outputs.append(found[mask > 0])
+      targets.append(wanted[mask > 0])
     return np.concatenate(outputs), np.concatenate(targets)
 
   def _empty(self) -> metrics_lib.Metrics:
@@ -107,8 +111,8 @@ class Evaluator:
         self._batch_size,
         shuffle=False,
         epochs=1,
-        transfer=self._placement.transfer,
         prefetch=0,
+        **self._placement.reading(self._batch_size),
       )
     )
 

@@ -14,11 +14,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from deepseek_jax import data as data_lib
+from deepseek_jax import parallel
 from deepseek_jax.data.schema import Task
 from deepseek_jax.train import losses as losses_lib
 from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
+from deepseek_jax.train.initial import Build
 from deepseek_jax.train.loop import Schedule, total_steps
 from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.result import Result
@@ -36,6 +38,7 @@ _NOT_IDENTITY = frozenset(
     "loss",
     "config",
     "mesh",
+    "rules",
     "prefetch",
     "progress",
     "tensorboard",
@@ -51,7 +54,7 @@ _INTEGERS = (
 
 
 def fit(
-  model: nnx.Module,
+  model: nnx.Module | Build,
   tx: optax.GradientTransformation,
   data: data_lib.Dataset,
   *,
@@ -74,7 +77,8 @@ def fit(
   checkpoint_seconds: int | float = 30.0,
   keep: int = 2,
   max_skipped: int = 10,
-  mesh: Mesh | None = None,
+  mesh: Mesh | parallel.MeshSpec | None = None,
+  rules: parallel.Rules = (),
   prefetch: int | None = None,
   progress: bool = True,
   tensorboard: bool = True,
@@ -101,7 +105,8 @@ def fit(
     model: Any NNX module; called as `model(*inputs)` with the inputs the data's
       schema names, it returns logits [B, classes] or numbers [B] or [B, 1], for
       text logits [B, T, vocabulary]. It is given the best weights at the end,
-      and left in evaluation mode.
+      and left in evaluation mode. Or a function of no arguments that returns
+      one: its weights are then made in parts, each on its device.
     tx: Any Optax transform; the loss reaches it as `value`.
     data: Splits and schema, from `data.load` or `data.from_arrays`.
     workdir: Run directory: missing, empty or left by the same call.
@@ -130,7 +135,12 @@ def fit(
     keep: Newest checkpoints to keep, besides the best.
     max_skipped: Steps in a row with a non-finite loss or gradient that end the
       run. Such a step changes no parameter.
-    mesh: Mesh with the one axis "data"; None: all devices.
+    mesh: Sizes of the mesh's axes, or a mesh with some of `parallel.AXES`;
+      None: all devices along "data". The numbers of a run do not depend on it,
+      but for the order of sums: a run may go on on another mesh.
+    rules: How to cut parameters over the mesh, pairs of a path pattern and a
+      `PartitionSpec` as in `parallel.specs`; they come before the library's own
+      for its models, and before one that cuts large arrays over "fsdp".
     prefetch: Batches a thread prepares ahead; None: 2, or 0 for data in memory
       on a CPU, where a thread would only get in the way.
     progress: Whether to show a bar (on a terminal) or lines.
@@ -188,7 +198,7 @@ def fit(
     checkpoint_seconds=checkpoint_seconds,
     max_skipped=max_skipped,
   )
-  placement = Placement(mesh)
+  placement = Placement(mesh, rules)
   placement.check("batch_size / accumulate", batch_size // accumulate)
   if clip_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)

@@ -14,6 +14,7 @@ from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
 from deepseek_jax.train.monitor import Monitor
+from deepseek_jax.train.processes import agreed
 from deepseek_jax.train.run_directory import RunDirectory
 from deepseek_jax.train.signals import StopSignal
 from deepseek_jax.train.state import TrainState
@@ -238,7 +239,7 @@ class Loop:
 
   def _due(self) -> bool:
     waited = time.perf_counter() - self._saved
-    return waited >= self._schedule.checkpoint_seconds
+    return agreed(waited >= self._schedule.checkpoint_seconds)
 
   def _save(self) -> None:
     """Starts writing a checkpoint; every line before it is on disk."""
@@ -291,6 +292,7 @@ def take_steps(
     state = train_step(state, next(stream))
     step += 1
     advance(step)
+    stop.look(step)
     if (step - first) % IN_FLIGHT == 0:
       jax.block_until_ready(state)
   return state, step

@@ -1,58 +1,159 @@
-"""Where state and batches live: data parallelism over one mesh axis."""
+"""Where state and batches live on a mesh of devices."""
 
-from collections.abc import Callable, Mapping
+import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax import models, parallel
+from deepseek_jax.train.state import TrainState
 
 
 class Placement:
-  """Replicates the state and shards batches over the mesh axis "data".
+  """Cuts the state by rules, and batches by rows, over a mesh.
 
   Args:
-    mesh: A mesh with one axis, "data"; None means all devices.
+    mesh: A mesh with axes of `parallel.AXES`, or their sizes; None means all
+      devices along "data".
+    rules: How to cut parameters and other state of the model, see
+      `parallel.specs`; they come before the library's own.
 
   Raises:
-    ValueError: If the mesh has other axes, or there are other processes.
+    ValueError: If the mesh has an axis that is none of those, or its sizes do
+      not fit the devices.
   """
 
-  def __init__(self, mesh: Mesh | None = None):
-    if jax.process_count() > 1:
-      raise ValueError(
-        "the trainer runs in one process so far, got "
-        f"{jax.process_count()=}; use the transforms in a step of your own."
-      )
-    if mesh is None:
-      mesh = jax.make_mesh(
-        (jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)
-      )
-    if mesh.axis_names != ("data",):
-      raise ValueError(
-        f"mesh must have the one axis 'data', got {mesh.axis_names=}."
-      )
-    self.mesh = mesh
-    self.replicated = NamedSharding(mesh, PartitionSpec())
-    self.rows = NamedSharding(mesh, PartitionSpec("data"))
-
-  @property
-  def transfer(self) -> Callable[[Mapping[str, Any]], dict[str, Any]] | None:
-    """What puts a batch on the devices.
-
-    None for a single CPU: there the jitted step takes NumPy arrays faster than
-    anything else could hand them over.
-    """
-    if self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu":
-      return None
-    return self._transfer
+  def __init__(
+    self,
+    mesh: Mesh | parallel.MeshSpec | None = None,
+    rules: parallel.Rules = (),
+  ):
+    if not isinstance(mesh, Mesh):
+      mesh = parallel.make_mesh(mesh)
+    self.mesh = _with_all_axes(mesh)
+    self.rules = tuple(rules)
+    self.replicated = NamedSharding(self.mesh, PartitionSpec())
+    self.rows = NamedSharding(self.mesh, PartitionSpec(parallel.BATCH_AXES))
+    self.row_parts = math.prod(
+      self.mesh.shape[name] for name in parallel.BATCH_AXES
+    )
 
   def check(self, name: str, rows: int) -> None:
     """Raises when rows cannot be shared out evenly."""
-    if rows % self.mesh.size:
+    if rows % self.row_parts:
       raise ValueError(
-        f"{name} must be divisible by the {self.mesh.size} devices of the "
-        f"mesh, got {rows}."
+        f"{name} must be divisible by the {self.row_parts} devices that the "
+        f"mesh cuts rows over, got {rows}."
       )
 
-  def _transfer(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-    return jax.device_put(dict(batch), self.rows)
+  def reading(self, rows: int) -> dict[str, Any]:
+    """Returns arguments of `data.batches`: what to read, and where to put it.
+
+    Processes whose devices work on the same rows, as those along "tensor", read
+    the same ones.
+
+    Args:
+      rows: Of a batch, over all processes; a multiple of `row_parts`.
+    """
+    if self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu":
+      # The jitted step takes NumPy arrays faster than anything else could hand
+      # them over.
+      return {"transfer": None}
+    index, count = self._share(rows)
+    return {
+      "process_index": index,
+      "process_count": count,
+      "transfer": functools.partial(self._put, rows),
+    }
+
+  def shardings(
+    self, state: TrainState, model: nnx.Module | None = None
+  ) -> Any:
+    """Returns how every leaf of a state lies on the mesh.
+
+    Args:
+      state: Arrays, or their shapes.
+      model: Decides which of the library's tables holds; None: the general one.
+
+    Raises:
+      ValueError: If a rule does not fit; by path.
+    """
+    rules = parallel.merge(self.rules, _table(model))
+    params, rest = parallel.joint_specs(
+      (state.params, state.rest), rules, self.mesh
+    )
+    specs = jax.tree.map(lambda _: PartitionSpec(), state)._replace(
+      params=params,
+      rest=rest,
+      opt_state=parallel.state_specs(
+        state.opt_state, state.params, params, self.mesh
+      ),
+    )
+    return jax.tree.map(
+      functools.partial(NamedSharding, self.mesh),
+      specs,
+      is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+  def on_host(self, arrays: Any) -> Any:
+    """Returns NumPy arrays of what may lie on devices of other processes.
+
+    Every process has to ask.
+    """
+    if jax.process_count() > 1:
+      arrays = _copy_to(self.replicated)(arrays)
+    return jax.device_get(arrays)
+
+  def _share(self, rows: int) -> tuple[int, int]:
+    """Returns which of how many equal parts of a batch this process needs."""
+    needed = parallel.local_rows(rows, self.mesh)
+    size, first = len(needed), int(needed[0])
+    in_one_piece = needed[-1] - first + 1 == size
+    if in_one_piece and first % size == 0 and rows % size == 0:
+      return first // size, rows // size
+    return 0, 1  # Scattered: reading all of them is simple, and right.
+
+  def _put(self, rows: int, batch: Mapping[str, Any]) -> dict[str, Any]:
+    if jax.process_count() == 1:
+      return jax.device_put(dict(batch), self.rows)
+    return {
+      name: jax.make_array_from_process_local_data(
+        self.rows, np.asarray(x), (rows, *x.shape[1:])
+      )
+      for name, x in batch.items()
+    }
+
+
+def _table(model: nnx.Module | None) -> parallel.Rules:
+  """Returns the library's rules for a model."""
+  if isinstance(model, models.LanguageModel):
+    return parallel.LANGUAGE_MODEL
+  if isinstance(model, models.Classifier):
+    return parallel.CLASSIFIER
+  return parallel.DEFAULT
+
+
+def _with_all_axes(mesh: Mesh) -> Mesh:
+  """Returns the same devices along all axes, in the library's order."""
+  names = mesh.axis_names
+  if unknown := sorted(set(names) - set(parallel.AXES)):
+    raise ValueError(
+      f"mesh must have axes of {parallel.AXES}, got {unknown[0]!r}."
+    )
+  if names == parallel.AXES and set(mesh.axis_types) == {AxisType.Auto}:
+    return mesh
+  ordered = [name for name in parallel.AXES if name in names]
+  devices = mesh.devices.transpose([names.index(name) for name in ordered])
+  devices = devices.reshape([mesh.shape.get(name, 1) for name in parallel.AXES])
+  types = (AxisType.Auto,) * len(parallel.AXES)
+  return Mesh(devices, parallel.AXES, axis_types=types)
+
+
+@functools.cache
+def _copy_to(sharding: NamedSharding):
+  return jax.jit(lambda arrays: arrays, out_shardings=sharding)

@@ -7,7 +7,8 @@
     RUN/result.json      how the run ended; `complete` is false when it was cut
     RUN/report.html      see train/report
 
-Nothing here is code, and nothing read from here is executed.
+Nothing here is code, and nothing read from here is executed. Of several
+processes, the first alone writes; where it fails, all do.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ from typing import Any
 import filelock
 import jax
 import numpy as np
+
+from deepseek_jax.train.processes import is_first, of_first
 
 FORMAT = 1
 _PACKAGES = (
@@ -55,6 +58,11 @@ class RunDirectory:
     self.path = pathlib.Path(path)
     identity = json.loads(_dumps(identity))
     self._asked = {name: identity[name] for name in ("arguments", "config")}
+    self._lock = filelock.FileLock(self.path / ".lock")
+    of_first(lambda: self._open(identity))
+
+  def _open(self, identity: Mapping[str, Any]) -> None:
+    """Makes the directory, or finds an earlier start of the same run."""
     if self.path.exists() and not self.path.is_dir():
       raise ValueError(
         f"workdir must be a directory, got the file {self.path}."
@@ -72,7 +80,6 @@ class RunDirectory:
         f"{self.path}, which holds {sorted(foreign)[0]!r} and no run.json."
       )
     self.path.mkdir(parents=True, exist_ok=True)
-    self._lock = filelock.FileLock(self.path / ".lock")
     try:
       self._lock.acquire(timeout=0)
     except filelock.Timeout as error:
@@ -105,6 +112,9 @@ class RunDirectory:
     Raises:
       ValueError: If it is damaged.
     """
+    return of_first(self._result)
+
+  def _result(self) -> dict[str, Any] | None:
     path = self.path / "result.json"
     if not path.exists():
       return None
@@ -118,11 +128,15 @@ class RunDirectory:
 
   def write_result(self, result: Mapping[str, Any]) -> None:
     """Writes result.json, with settings and versions, whole or not at all."""
+    if not is_first():
+      return
     record = {**result, **self._asked, "versions": versions()}
     write_json(self.path / "result.json", record)
 
   def append(self, record: Mapping[str, Any]) -> None:
     """Adds a line to metrics.jsonl."""
+    if not is_first():
+      return
     path = self.path / "metrics.jsonl"
     with _named(path), path.open("a") as file:
       file.write(_dumps(record) + "\n")
@@ -134,6 +148,9 @@ class RunDirectory:
       up_to: Drops records of later steps from the file too: a run that goes on
         from a checkpoint writes them again.
     """
+    return of_first(lambda: self._history(up_to))
+
+  def _history(self, up_to: int | None) -> list[dict[str, Any]]:
     path = self.path / "metrics.jsonl"
     if not path.exists():
       return []

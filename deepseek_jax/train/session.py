@@ -25,9 +25,11 @@ from deepseek_jax.train.blas import one_blas_thread
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
 from deepseek_jax.train.evaluation import Evaluator, batch_rows, predictions
+from deepseek_jax.train.initial import Build, initial_state, without_values
 from deepseek_jax.train.loop import Loop, Schedule
 from deepseek_jax.train.monitor import Monitor
 from deepseek_jax.train.placement import Placement
+from deepseek_jax.train.processes import is_first
 from deepseek_jax.train.result import Result
 from deepseek_jax.train.run_directory import RunDirectory
 from deepseek_jax.train.step import (
@@ -35,6 +37,7 @@ from deepseek_jax.train.step import (
   jit_once,
   make_eval_step,
   make_train_step,
+  on_mesh,
 )
 
 
@@ -44,7 +47,7 @@ class Session:
   Making one writes nothing and checks that the model fits the data.
 
   Args:
-    model: The model to train; gets the final weights.
+    model: The model to train, which gets the final weights, or what builds it.
     tx: The transform.
     data: Splits and schema.
     spec: What a step does.
@@ -57,29 +60,27 @@ class Session:
 
   def __init__(
     self,
-    model: nnx.Module,
+    model: nnx.Module | Build,
     tx: optax.GradientTransformation,
     data: data_lib.Dataset,
     spec: StepSpec,
     placement: Placement,
     batch_size: int,
   ):
-    training, evaluation = state_lib.structures(model)
-    self._model = model
+    self._model = without_values(model)
+    training, evaluation = state_lib.structures(self._model)
     self._data = data
     self._spec = spec
     self._placement = placement
     self._batch_size = batch_size
-    self.state = jax.device_put(
-      state_lib.create(model, tx, task=spec.task),
-      placement.replicated,
-    )
+    self.state = initial_state(model, tx, spec.task, placement)
     self._check_model(evaluation)
     self.train_step = jit_once(
       make_train_step(training, tx, spec),
       "training step",
+      mesh=placement.mesh,
       donate_argnums=0,
-      out_shardings=placement.replicated,
+      out_shardings=jax.tree.map(lambda x: x.sharding, self.state),
     )
     self.evaluator = Evaluator(
       evaluation,
@@ -95,17 +96,17 @@ class Session:
       seed: Seed of the order of examples.
       prefetch: Batches prepared ahead by a thread; None chooses.
     """
-    transfer = self._placement.transfer
+    reading = self._placement.reading(self._batch_size)
     if prefetch is None:
       in_memory = isinstance(self._data.train.reader, ArrayReader)
-      prefetch = 0 if in_memory and transfer is None else 2
+      prefetch = 0 if in_memory and reading["transfer"] is None else 2
     return iter(
       data_lib.batches(
         self._data.train,
         self._batch_size,
         seed=seed,
-        transfer=transfer,
         prefetch=prefetch,
+        **reading,
       )
     )
 
@@ -234,6 +235,8 @@ class Session:
       test,
       classification=self._spec.task == "classification",
     )
+    if not is_first():
+      return
     partial = run.path / "predictions.partial.npz"
     np.savez(partial, **found)  # pyrefly: ignore[bad-argument-type]
     os.replace(partial, run.path / "predictions.npz")
@@ -265,20 +268,20 @@ class Session:
       self._data.train, self._batch_size, shuffle=False, epochs=1, prefetch=0
     )
     batch = next(iter(stream))
-    outputs = jax.eval_shape(
-      lambda params, rest, *inputs: nnx.merge(structure, params, rest)(*inputs),
-      self.state.params,
-      self.state.rest,
-      *(batch[name] for name in self._spec.inputs),
-    )
-    self._check_outputs(outputs.shape, batch[self._spec.target].shape)
-    jax.eval_shape(
-      make_eval_step(structure, self._spec),
-      self.state.params,
-      self.state.rest,
-      metrics_lib.empty(self._spec.task),
-      batch,
-    )
+    weights = self.state.params, self.state.rest
+    with on_mesh(self._placement.mesh):
+      outputs = jax.eval_shape(
+        lambda *weights, inputs: nnx.merge(structure, *weights)(*inputs),
+        *weights,
+        inputs=[batch[name] for name in self._spec.inputs],
+      )
+      self._check_outputs(outputs.shape, batch[self._spec.target].shape)
+      jax.eval_shape(
+        make_eval_step(structure, self._spec),
+        *weights,
+        metrics_lib.empty(self._spec.task),
+        batch,
+      )
 
   def _check_outputs(
     self, found: tuple[int, ...], targets: tuple[int, ...]

@@ -1,5 +1,6 @@
 """The hot step: one jitted function from (state, batch) to state."""
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from deepseek_jax import data as data_lib
@@ -252,7 +254,9 @@ def make_eval_step(structure: nnx.GraphDef, spec: StepSpec) -> Callable:
   return eval_step
 
 
-def jit_once(function: Callable, name: str, **options: Any) -> Callable:
+def jit_once(
+  function: Callable, name: str, *, mesh: Mesh | None = None, **options: Any
+) -> Callable:
   """`jax.jit` that warns, with the shapes at fault, when it traces again.
 
   Costs nothing per call: the check runs only while tracing.
@@ -260,6 +264,7 @@ def jit_once(function: Callable, name: str, **options: Any) -> Callable:
   Args:
     function: What to compile.
     name: What to call it in the warning.
+    mesh: What modules find when they ask for the sizes of a mesh's axes.
     **options: Passed to `jax.jit`.
 
   Returns:
@@ -283,11 +288,19 @@ def jit_once(function: Callable, name: str, **options: Any) -> Callable:
         stacklevel=2,
       )
     traces.append(types)
-    return function(*args)
+    with on_mesh(mesh):
+      return function(*args)
 
   jitted = jax.jit(traced, **options)
   jitted.traces = traces  # pyrefly: ignore
   return jitted
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+  """Returns the context in which modules are traced for a mesh."""
+  if mesh is None or mesh.size == 1:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def _difference(old: dict[str, str], new: dict[str, str]) -> str:

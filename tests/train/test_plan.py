@@ -1,0 +1,87 @@
+"""What a dry run says is what a run does."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import deepseek_jax as dj
+from deepseek_jax.parallel import MeshSpec
+from deepseek_jax.train import initial, plan
+from deepseek_jax.train.placement import Placement
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def experiment(**mesh):
+  return dj.train.Experiment(
+    data=dj.train.Data(batch_size=16),
+    model=dj.train.Classifier(channels=(8,), lstm_features=8, num_heads=2),
+    optimizer=dj.train.Optimizer(name="adamw"),
+    mesh=MeshSpec(**mesh),
+  )
+
+
+def test_memory_is_that_of_the_state_that_is_made():
+  asked = experiment(fsdp=2, tensor=2)
+  drawn = plan.Plan.of(asked)
+  found = drawn.dry_run(jax.devices())
+  state = initial.initial_state(
+    drawn.build, drawn.tx, drawn.spec.task, Placement(asked.mesh)
+  )
+  first = jax.devices()[0]
+
+  def held(tree):
+    return sum(
+      shard.data.nbytes
+      for leaf in jax.tree.leaves(tree)
+      for shard in leaf.addressable_shards
+      if shard.device == first
+    )
+
+  assert found.bytes_of["parameters"] == held(state.params)
+  assert found.bytes_of["optimizer"] == held(state.opt_state)
+  assert found.parameters == sum(x.size for x in jax.tree.leaves(state.params))
+  assert found.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_data_parallelism_sends_the_gradient_once():
+  found = plan.Plan.of(experiment()).dry_run(jax.devices())
+  assert found.sent.keys() == {"all-reduce"}
+  # 7/8 of it out, 7/8 back; beside it a few sums of losses and weights.
+  gradient = 2 * 7 / 8 * 4 * found.parameters
+  assert 0 <= found.sent["all-reduce"]["data"] - gradient < 100
+  assert "all-reduce over data" in str(found)
+
+
+def test_one_device_sends_nothing():
+  found = plan.Plan.of(experiment()).dry_run(jax.devices()[:1])
+  assert not found.sent
+  assert "one device" in str(found)
+  assert str(found).endswith("none")
+
+
+def test_rows_that_do_not_divide_are_refused_before_anything_is_compiled():
+  with pytest.raises(ValueError, match=r"divisible by the 8 devices.*got 12"):
+    plan.Plan.of(
+      dj.train.Experiment(data=dj.train.Data(batch_size=12))
+    ).dry_run(jax.devices())
+
+
+@pytest.mark.slow
+def test_the_command_needs_no_devices(tmp_path):
+  flags = ["--mesh.fsdp", "8", "--mesh.tensor", "4", "--data.batch-size", "16"]
+  file = ROOT / "experiments" / "digits.py"
+  command = ["-m", "deepseek_jax.cli", "train", str(file), "--dry-run", *flags]
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+  done = subprocess.run(
+    [sys.executable, *command], cwd=tmp_path, env=environment,
+    capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert "mesh: fsdp 8, tensor 4 (32 x cpu)" in done.stdout
+  assert "optimizer" in done.stdout
+  assert not list(tmp_path.iterdir()), json.dumps(os.listdir(tmp_path))
