@@ -1,9 +1,15 @@
 """Meshes, and who keeps what of a model on them."""
 
+from deepseek_jax.parallel.agreement import (
+  DisagreementError as DisagreementError,
+)
+from deepseek_jax.parallel.agreement import agree as agree
 from deepseek_jax.parallel.ambient import axis_size as axis_size
 from deepseek_jax.parallel.ambient import batch_axes as batch_axes
 from deepseek_jax.parallel.ambient import constrain as constrain
 from deepseek_jax.parallel.fitting import FSDP_MIN_SIZE as FSDP_MIN_SIZE
+from deepseek_jax.parallel.initialization import initialize as initialize
+from deepseek_jax.parallel.launchers import Processes as Processes
 from deepseek_jax.parallel.mesh import AXES as AXES
 from deepseek_jax.parallel.mesh import BATCH_AXES as BATCH_AXES
 from deepseek_jax.parallel.mesh import MeshSpec as MeshSpec
@@ -13,6 +19,7 @@ from deepseek_jax.parallel.place import device_bytes as device_bytes
 from deepseek_jax.parallel.place import local_rows as local_rows
 from deepseek_jax.parallel.place import make_sharded as make_sharded
 from deepseek_jax.parallel.place import put_batch as put_batch
+from deepseek_jax.parallel.roll_call import StartError as StartError
 from deepseek_jax.parallel.rules import Largest as Largest
 from deepseek_jax.parallel.rules import Placement as Placement
 from deepseek_jax.parallel.rules import Preferred as Preferred
@@ -26,3 +33,4 @@ from deepseek_jax.parallel.tables import CLASSIFIER as CLASSIFIER
 from deepseek_jax.parallel.tables import DEFAULT as DEFAULT
 from deepseek_jax.parallel.tables import LANGUAGE_MODEL as LANGUAGE_MODEL
 from deepseek_jax.parallel.wire import wire_bytes as wire_bytes
+from deepseek_jax.parallel.xla_flags import set_xla_flags as set_xla_flags
