@@ -94,6 +94,10 @@ def train(
     file: A Python file that defines `experiment`.
     overrides: Flags for the experiment's fields.
   """
+  from deepseek_jax import parallel
+
+  # Before the file is read: what it does may ask for the devices.
+  parallel.initialize()
   flags = [flag for flag in overrides if flag != "--dry-run"]
   experiment = configured(file, flags, prog="deepseek-jax train", epilog=_HELP)
   if len(flags) < len(overrides):
@@ -104,7 +108,8 @@ def train(
     return OK
   result = experiment.run()
   summary = experiment.summary(result.workdir)
-  _tell(result, summary)
+  if parallel.initialize().index == 0:
+    _tell(result, summary)
   return _exit_code(result)
 
 

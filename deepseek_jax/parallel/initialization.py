@@ -36,8 +36,10 @@ def initialize(
 
   Unlike `jax.distributed.initialize` it finds out who is missing before it
   starts what cannot be interrupted, so that every process ends with one line
-  that says so; lets an ended process go after seconds, not minutes; leaves
-  SIGTERM to Python; and lets only rank 0 log below the level of warnings.
+  that says so; lets an ended process go after seconds, not minutes; and lets
+  only rank 0 log below the level of warnings. As there, a SIGTERM to one of
+  them is a notice to all, see
+  `jax.experimental.multihost_utils.reached_preemption_sync_point`.
 
   >>> initialize().count
   1
@@ -132,8 +134,6 @@ def _join(
       "jax.devices() included."
     )
   set_xla_flags()
-  # Its handler would take SIGTERM from whoever saves a checkpoint on it.
-  jax.config.update("jax_enable_preemption_service", False)
   call_roll(processes.coordinator, index, count, start_seconds)
   jax.distributed.initialize(
     processes.coordinator,

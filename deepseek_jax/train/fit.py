@@ -199,18 +199,20 @@ def fit(
     max_skipped=max_skipped,
   )
   placement = Placement(mesh, rules)
+  asked = {
+    "data": data.name,
+    "schema": json.loads(data.schema.to_json()),
+    "arguments": arguments | {"loss": _name(spec.loss)},
+    "config": config,
+  }
+  # Before anything that processes do together: they would wait for ever.
+  parallel.agree({**asked, "mesh": dict(placement.mesh.shape)}, what="run")
   placement.check("batch_size / accumulate", batch_size // accumulate)
   if clip_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
   session = Session(model, tx, data, spec, placement, batch_size)
   stream = session.stream(seed, prefetch)
-  identity = {
-    "data": data.name,
-    "schema": json.loads(data.schema.to_json()),
-    "arguments": arguments | {"loss": _name(spec.loss)},
-    "config": config,
-    "parameters": session.parameters(),
-  }
+  identity = {**asked, "parameters": session.parameters()}
   with contextlib.ExitStack() as stack:
     run = stack.enter_context(
       contextlib.closing(RunDirectory(workdir, identity))

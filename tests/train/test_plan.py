@@ -1,5 +1,6 @@
 """What a dry run says is what a run does."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 
 import jax
 import pytest
+from flax import nnx
 
 import deepseek_jax as dj
 from deepseek_jax.parallel import MeshSpec
@@ -17,10 +19,26 @@ from deepseek_jax.train.placement import Placement
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Perceptron:
+  """Compiles in a moment; large enough to be cut."""
+
+  def build(self, schema, rngs):
+    return nnx.Sequential(
+      lambda x: x.reshape(x.shape[0], -1),
+      nnx.Linear(64, 2048, rngs=rngs),
+      nnx.Linear(2048, schema.num_classes, rngs=rngs),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small(dj.train.Experiment):
+  model: Perceptron = Perceptron()
+
+
 def experiment(**mesh):
-  return dj.train.Experiment(
+  return Small(
     data=dj.train.Data(batch_size=16),
-    model=dj.train.Classifier(channels=(8,), lstm_features=8, num_heads=2),
     optimizer=dj.train.Optimizer(name="adamw"),
     mesh=MeshSpec(**mesh),
   )
@@ -46,6 +64,7 @@ def test_memory_is_that_of_the_state_that_is_made():
   assert found.bytes_of["parameters"] == held(state.params)
   assert found.bytes_of["optimizer"] == held(state.opt_state)
   assert found.parameters == sum(x.size for x in jax.tree.leaves(state.params))
+  assert found.bytes_of["parameters"] < 0.6 * 4 * found.parameters
   assert found.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
