@@ -1,0 +1,112 @@
+"""Several real processes give the run of one, and one goes on with theirs."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+EXPERIMENT = """
+from deepseek_jax.train import *
+experiment = Experiment(
+  data=Data(batch_size=32),
+  model=Classifier(channels=(8,), lstm_features=16, num_heads=2),
+  optimizer=Optimizer(name="adamw", learning_rate=3e-3),
+  train=Train(epochs=None, steps=300, evaluate_every=100, log_every=20,
+              tensorboard=False, progress=False),
+)
+"""
+
+
+@pytest.fixture
+def job(tmp_path, data_dir):
+  """Starts so many processes of `train`; ends those that are left."""
+  (tmp_path / "experiment.py").write_text(EXPERIMENT)
+  with contextlib.ExitStack() as stack:
+
+    def start(count, workdir, *flags, odd=()):
+      with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+      command = [sys.executable, "-m", "deepseek_jax.cli", "train"]
+      command += ["experiment.py", "--workdir", workdir, *flags]
+      kept = {k: v for k, v in os.environ.items() if "DEEPSEEK_JAX" not in k}
+      processes = []
+      for rank in range(count):
+        told = {
+          "JAX_NUM_CPU_DEVICES": str(4 // count),
+          "TFDS_DATA_DIR": str(data_dir),
+          "DEEPSEEK_JAX_COORDINATOR": f"127.0.0.1:{port}",
+          "DEEPSEEK_JAX_NUM_PROCESSES": str(count),
+          "DEEPSEEK_JAX_PROCESS_ID": str(rank),
+        }
+        process = subprocess.Popen(
+          [*command, *(odd if rank else ())],
+          cwd=tmp_path,
+          env=kept | told,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+          text=True,
+        )
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        processes.append(process)
+      return processes
+
+    yield start
+
+
+def ended(processes):
+  """Returns codes and what was said on stderr."""
+  said = [process.communicate(timeout=240)[1] for process in processes]
+  return [process.returncode for process in processes], said
+
+
+def result(path):
+  return json.loads((path / "result.json").read_text())
+
+
+def assert_close(first, second):
+  assert first["complete"]
+  assert second["complete"]
+  assert first["best_step"] == second["best_step"]
+  for name, value in first["metrics"].items():
+    np.testing.assert_allclose(second["metrics"][name], value, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_in_other_processes(job, tmp_path, first, second):
+  flags = ["--mesh.fsdp", "2"]
+  codes, said = ended(job(3 - first, "whole", *flags))
+  assert codes == [0] * (3 - first), said
+  started = job(first, "cut", *flags)
+  lines = tmp_path / "cut" / "metrics.jsonl"
+  deadline = time.monotonic() + 240
+  while not (lines.exists() and lines.read_text().count("\n") >= 2):
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  # One of them is told, and all stop after the same step.
+  started[-1].send_signal(signal.SIGTERM)
+  codes, said = ended(started)
+  assert codes == [75] * first, said
+  assert 40 <= result(tmp_path / "cut")["steps"] < 300
+  # On one process with sizes by default, on two with those of before.
+  codes, said = ended(job(second, "cut", *(flags if second == 2 else ())))
+  assert codes == [0] * second, said
+  assert_close(result(tmp_path / "whole"), result(tmp_path / "cut"))
+
+
+@pytest.mark.slow
+def test_processes_that_were_told_different_things_all_end(job, tmp_path):
+  codes, said = ended(job(2, "run", odd=("--seed", "1")))
+  assert codes == [2, 2]
+  for text in said:
+    assert "seed is 0 on rank 0 and 1 on rank 1" in text
+  assert not (tmp_path / "run").exists()
