@@ -17,6 +17,8 @@ from deepseek_jax.train.losses import CrossEntropy as CrossEntropy
 from deepseek_jax.train.losses import Loss as Loss
 from deepseek_jax.train.losses import MeanSquaredError as MeanSquaredError
 from deepseek_jax.train.losses import TokenCrossEntropy as TokenCrossEntropy
+from deepseek_jax.train.plan import DryRun as DryRun
+from deepseek_jax.train.plan import Plan as Plan
 from deepseek_jax.train.reload import evaluate as evaluate
 from deepseek_jax.train.reload import load_model as load_model
 from deepseek_jax.train.reload import tokenizer_of as tokenizer_of
