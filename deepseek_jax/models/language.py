@@ -58,6 +58,9 @@ class LanguageModel(nnx.Module):
     scan: whether to compile one body for all layers, see `nn.LayerStack`;
       parameters have an axis of layers in front then.
     remat: whether to recompute layers on the way back, see there.
+    microbatches: parts that a scan takes the rows in, as a pipeline does on a
+      mesh with stages, see there.
+    repeats: groups of layers that a stage of the pipeline holds, see there.
     dtype: of the computation; parameters, norms' statistics, softmax and logits
       are float32 in either.
     rngs: streams "params" and "dropout".
@@ -92,6 +95,8 @@ class LanguageModel(nnx.Module):
     separator: int | None = None,
     scan: bool = False,
     remat: bool = False,
+    microbatches: int | None = None,
+    repeats: int = 1,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -127,7 +132,12 @@ class LanguageModel(nnx.Module):
       for kind in pattern * (num_layers // len(pattern))
     ]
     self.layers = nn.LayerStack(
-      layers, scan=scan, remat=remat, period=len(pattern)
+      layers,
+      scan=scan,
+      remat=remat,
+      period=len(pattern),
+      microbatches=microbatches,
+      repeats=repeats,
     )
     self.norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
     self.head = (

@@ -1,4 +1,4 @@
-"""Layers one after the other: as a loop, or one compiled body for all."""
+"""Layers one after the other: as a loop, one compiled body, or a pipeline."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax import parallel
 from deepseek_jax.nn import checks
+from deepseek_jax.nn.layer_call import LayerCall, split_arrays
 
 
 class LayerStack(nnx.Module):
@@ -21,6 +23,13 @@ class LayerStack(nnx.Module):
   Layers may differ in a repeating pattern: with a `period` of 3, layers 0, 3, 6
   are alike, as are 1, 4, 7 and 2, 5, 8.
 
+  Traced for a mesh with an axis "stage", a scan becomes a pipeline, see
+  `parallel.pipeline`: every stage holds some of the layers, and micro-batches
+  of rows go from stage to stage. Given a number of `microbatches`, a scan takes
+  one after the other on any mesh: the same numbers then, whatever the mesh, of
+  layers with other state too. That goes on from micro-batch to micro-batch: a
+  call of the stack is as many calls of each layer.
+
   >>> make = lambda seed: nnx.Linear(4, 4, rngs=nnx.Rngs(seed))
   >>> stack = LayerStack([make(0), make(1)], scan=True)
   >>> stack(jnp.ones((2, 4))).shape, stack.layers[0].kernel.shape
@@ -30,12 +39,19 @@ class LayerStack(nnx.Module):
     layers: modules that map an array to one of the same shape and type.
     scan: whether to compile one body for all periods.
     remat: whether to keep of each layer only its input and to recompute the
-      rest on the way back: less memory for about a third more time.
+      rest on the way back: less memory for about a third more time. A pipeline
+      keeps the input of each period, or with repeats of each group of them.
     period: layers after which kinds repeat; divides their number. For `scan`.
+    microbatches: parts that a scan takes the rows in, a multiple of the stages.
+      None for one, and in a pipeline for four a stage where rows allow.
+    repeats: groups of layers that each stage of a pipeline holds: more make it
+      idle less and exchange more. The axis of layers is ordered for that, see
+      `parallel.storage_order`. For `scan`.
 
   Raises:
-    ValueError: there are no layers, the period does not divide their number, or
-      `scan` meets layers that differ.
+    ValueError: there are no layers, period or repeats do not divide their
+      number, `scan` meets layers that differ, or what is for `scan` comes
+      without.
   """
 
   def __init__(
@@ -45,20 +61,35 @@ class LayerStack(nnx.Module):
     scan: bool = False,
     remat: bool = False,
     period: int = 1,
+    microbatches: int | None = None,
+    repeats: int = 1,
   ):
     layers = list(layers)
-    checks.require_positive(number_of_layers=len(layers), period=period)
-    if len(layers) % period:
-      raise ValueError(
-        f"period must divide the number of layers, got {period=} for "
-        f"{len(layers)}."
-      )
+    checks.require_positive(
+      number_of_layers=len(layers), period=period, repeats=repeats
+    )
+    _check_scan(scan, microbatches, repeats)
+    for name, parts in (
+      ("period", period),
+      ("period * repeats", period * repeats),
+    ):
+      if len(layers) % parts:
+        raise ValueError(
+          f"{name} must divide the number of layers, got {name}={parts} for "
+          f"{len(layers)}."
+        )
     _check_modules(layers)
     self.num_layers = len(layers)
     self.scan = scan
     self.remat = remat
+    self.microbatches = microbatches
+    self.repeats = repeats
     if scan:
-      layers = [_stacked(layers[i::period], i) for i in range(period)]
+      order = parallel.storage_order(len(layers) // period, repeats)
+      layers = [
+        _stacked([layers[i + period * place] for place in order], i)
+        for i in range(period)
+      ]
     self.layers = nnx.List(layers)
 
   def __call__(self, x: Any, *shared: Any) -> Any:
@@ -66,13 +97,23 @@ class LayerStack(nnx.Module):
 
     Args:
       x: what the first layer takes.
-      *shared: further arguments of every layer.
+      *shared: further arguments of every layer. In a pipeline, arrays with as
+        many rows as `x` are cut into micro-batches with it.
+
+    Raises:
+      ValueError: the mesh has stages, and there is no scan, or layers or rows
+        do not divide over them.
     """
+    stages = parallel.axis_size("stage")
+    if stages > 1:
+      self._check_stages(stages)
+    if stages > 1 or self.microbatches is not None or self.repeats > 1:
+      return self._pipelined(x, *shared)
     if not (self.scan or self.remat):
       for layer in self.layers:
         x = layer(x, *shared)
       return x
-    calls = [_Call(layer, self.remat) for layer in self.layers]
+    calls = [LayerCall(layer, self.remat) for layer in self.layers]
 
     def body(x, state):
       left = []
@@ -92,13 +133,75 @@ class LayerStack(nnx.Module):
     if not self.scan:
       return list(self.layers)
     periods = self.num_layers // len(self.layers)
+    order = parallel.storage_order(periods, self.repeats)
     found = []
     for period in range(periods):
+      place = order.index(period)
       for layer in self.layers:
-        structure, *state = _split(layer)
-        one = jax.tree.map(lambda x, period=period: x[period], state)
+        structure, *state = split_arrays(layer)
+        one = jax.tree.map(lambda x, place=place: x[place], state)
         found.append(nnx.merge(structure, *one))
     return found
+
+  def _pipelined(self, x, *shared):
+    calls = [LayerCall(layer) for layer in self.layers]
+
+    def one_period(arrays, x):
+      for call, own in zip(calls, arrays, strict=True):
+        x, _ = call(own, x, *shared)
+      return x
+
+    first = jax.tree.map(lambda v: v[0], [call.arrays for call in calls])
+    jax.eval_shape(one_period, first, x)  # Shows what is written to.
+    fixed, moving = zip(*(call.apart() for call in calls), strict=True)
+
+    def layer(fixed, moving, x, *shared):
+      left = []
+      for call, *arrays in zip(calls, fixed, moving, strict=True):
+        x, rest = call(call.together(*arrays), x, *shared)
+        left.append(rest)
+      return x, tuple(left)
+
+    x, left = parallel.pipeline(
+      layer,
+      fixed,
+      x,
+      *shared,
+      state=moving,
+      microbatches=self.microbatches,
+      repeats=self.repeats,
+      remat=self.remat,
+    )
+    for call, rest in zip(calls, left, strict=True):
+      call.keep(rest)
+    return x
+
+  def _check_stages(self, stages: int) -> None:
+    if not self.scan:
+      raise ValueError(
+        "scan must be True on a mesh with stages, whose devices hold stacked "
+        f"layers, got scan=False with {stages} stages."
+      )
+    period = len(self.layers)
+    parts = stages * self.repeats * period
+    if self.num_layers % parts:
+      raise ValueError(
+        "the number of layers must be a multiple of stages * repeats * period "
+        f"= {stages} * {self.repeats} * {period} = {parts}, got "
+        f"{self.num_layers}."
+      )
+
+
+def _check_scan(scan: bool, microbatches: int | None, repeats: int) -> None:
+  if microbatches is not None:
+    checks.require_positive(microbatches=microbatches)
+  if scan:
+    return
+  if microbatches is not None or repeats > 1:
+    raise ValueError(
+      "microbatches and repeats are for scan=True, got "
+      f"{microbatches=} and {repeats=} with scan=False."
+    )
 
 
 def _check_modules(layers: Sequence[Any]) -> None:
@@ -109,53 +212,9 @@ def _check_modules(layers: Sequence[Any]) -> None:
       )
 
 
-def _split(layer: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
-  """Returns the structure of a layer, its parameters and its other arrays."""
-  structure, params, rest = nnx.split(layer, nnx.Param, ...)
-  return structure, _arrays(params), _arrays(rest)
-
-
-def _arrays(state: Any) -> Any:
-  # Variables of an outer trace may not be written to in an inner one.
-  return nnx.to_pure_dict(nnx.as_pure(state))
-
-
-class _Call:
-  """A layer as a function (arrays, x) -> (x, what it changed of the arrays)."""
-
-  def __init__(self, layer: nnx.Module, remat: bool):
-    self._layer = layer
-    self._structure, *self.arrays = _split(layer)
-    self._step = jax.checkpoint(self._pure) if remat else self._pure
-
-  def __call__(self, arrays: Any, x: Any, *shared: Any) -> tuple[Any, Any]:
-    return self._step(arrays, x, *shared)
-
-  def _pure(self, arrays, x, *shared):
-    layer = nnx.merge(self._structure, *arrays)
-    x = layer(x, *shared)
-    old, tree = jax.tree.flatten(arrays[1])
-    new = jax.tree.leaves(_split(layer)[2])
-    self._tree = tree
-    # Only what the layer wrote comes back, so that a layer that writes nothing,
-    # as in evaluation, may be called inside of any transformation.
-    self._written = [a is not b for a, b in zip(old, new, strict=True)]
-    changed = zip(new, self._written, strict=True)
-    return x, [leaf for leaf, written in changed if written]
-
-  def keep(self, changed: Sequence[jax.Array]) -> None:
-    """Writes to the layer what a call has changed."""
-    if not changed:
-      return
-    fresh = iter(changed)
-    leaves = zip(jax.tree.leaves(self.arrays[1]), self._written, strict=True)
-    rest = [next(fresh) if written else leaf for leaf, written in leaves]
-    nnx.update(self._layer, jax.tree.unflatten(self._tree, rest))
-
-
 def _stacked(layers: Sequence[nnx.Module], first: int) -> nnx.Module:
   """Returns one layer whose arrays are those of all, along a new first axis."""
-  structures, *states = zip(*map(_split, layers), strict=True)
+  structures, *states = zip(*map(split_arrays, layers), strict=True)
   if any(structure != structures[0] for structure in structures):
     raise ValueError(
       f"scan needs equal layers at places {first}, {first} + period, ...; some "

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deepseek_jax import parallel
 from deepseek_jax.nn import checks
 
 Gradient = Literal["exact", "straight_through", "smooth"]
@@ -104,15 +105,16 @@ def _straight(x, threshold, width, shifted):
   return rising + _soft(x, threshold, width, shifted)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def pressed(y: Float[Array, "..."], strength: float) -> Float[Array, "..."]:
   """Returns `y` as it is; on the way back, pulls what is not zero to zero.
 
   Adds to the gradient what `strength·mean|y|` in the loss would add. An L1
   penalty for layers that have no way to the loss: it may stand anywhere.
 
-  The loss is taken to be a mean over the batch. Where gradients of several
-  micro-batches are summed to that mean, divide the strength by their number.
+  The loss is taken to be a mean over the batch. In a pipeline `y` is that of a
+  micro-batch, and the strength is divided by their number, see
+  `parallel.batch_parts`. Where gradients of several micro-batches are summed by
+  other means, do so yourself, or call it within `parallel.cut_batch`.
 
   >>> y = jnp.array([0.0, 2.0])
   >>> print(jax.grad(lambda y: 3 * pressed(y, 0.5).mean())(y))
@@ -122,6 +124,11 @@ def pressed(y: Float[Array, "..."], strength: float) -> Float[Array, "..."]:
     y: activations.
     strength: of the pull, at least 0.
   """
+  return _pressed(y, strength / parallel.batch_parts())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _pressed(y, strength):
   del strength
   return y
 
@@ -135,4 +142,4 @@ def _pressed_backward(strength, sign, grad):
   return (grad + (strength / max(sign.size, 1)) * sign,)
 
 
-pressed.defvjp(_pressed_forward, _pressed_backward)
+_pressed.defvjp(_pressed_forward, _pressed_backward)

@@ -91,6 +91,11 @@ class LanguageModel:
   scan: bool = False
   # Whether to recompute layers on the way back, to save memory.
   remat: bool = False
+  # Of a scan: parts that the rows of a batch are taken in, a multiple of the
+  # mesh's stages; four a stage where rows allow when None.
+  microbatches: int | None = None
+  # Of a scan: groups of layers that each stage of a pipeline holds.
+  repeats: int = 1
   # Type of the computation; parameters are float32 in either.
   dtype: Literal["float32", "bfloat16"] = "float32"
 

@@ -8,8 +8,9 @@ import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax import nn
+from deepseek_jax import nn, parallel
 
 FEATURES, DEPTH = 4, 4
 WAYS = {
@@ -43,6 +44,17 @@ class Layer(nnx.Module):
     y = self.dropout(self.activation(self.linear(x)))
     y = x + self.scale * y
     return y if shift is None else y + shift
+
+
+class Append(nnx.Module):
+  """x -> 10 x + its number: the digits of the result say the order."""
+
+  def __init__(self, number, period):
+    self.number = nnx.Param(jnp.float32(number))
+    self.kind = number % period
+
+  def __call__(self, x):
+    return 10 * x + self.number[...]
 
 
 def layers(period=1):
@@ -214,18 +226,162 @@ def test_a_stack_is_a_copy_and_leaves_its_layers_alone():
 @pytest.mark.parametrize("period", [1, 2, 4])
 @pytest.mark.parametrize("way", [{}, *WAYS.values()], ids=str)
 def test_layers_come_in_turn(period, way):
-  class Append(nnx.Module):
-    """x -> 10 x + its number: the digits of the result say the order."""
-
-    def __init__(self, number):
-      self.number = nnx.Param(jnp.float32(number))
-      self.kind = number % period
-
-    def __call__(self, x):
-      return 10 * x + self.number[...]
-
-  stack = nn.LayerStack([Append(i) for i in range(4)], period=period, **way)
+  stack = nn.LayerStack(
+    [Append(i, period) for i in range(4)], period=period, **way
+  )
   assert float(stack(jnp.float32(7))) == 70123
+
+
+@pytest.mark.parametrize(("period", "repeats"), [(1, 2), (2, 2), (1, 4)])
+def test_layers_come_in_turn_whatever_their_place(period, repeats):
+  given = [Append(i, period) for i in range(4)]
+  stack = nn.LayerStack(given, scan=True, period=period, repeats=repeats)
+  numbers = [float(layer.number[...]) for layer in stack.unstacked()]
+  assert numbers == [0, 1, 2, 3]
+  np.testing.assert_array_equal(stack(jnp.full(2, 7.0)), [70123, 70123])
+
+
+def pipeline_mesh():
+  return parallel.make_mesh(parallel.MeshSpec(stage=2, data=2, tensor=2))
+
+
+def stepped(stack, run, x, shift, mesh=None):
+  """Loss, gradients and state after a step in training mode."""
+  stack.train()
+  structure, params, rest = pure(stack)
+
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def step(params, rest, x, shift):
+    stack = nnx.merge(structure, params, rest)
+    y = run(stack, x, shift)
+    return jnp.square(y).sum(), (y, pure(stack)[2])
+
+  args = params, rest, x, shift
+  if mesh is None:
+    return jax.jit(step)(*args)
+  args = jax.device_put(args, NamedSharding(mesh, PartitionSpec()))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return jax.jit(step)(*args)
+
+
+def by_layer(stack, found):
+  """Gradients and state as a loop would have them, of a stack of any kind."""
+  (_, (y, rest)), grads = found
+  structure = nnx.split(stack, nnx.Param, ...)[0]
+  flat = lambda params, rest: nn.LayerStack(
+    nnx.merge(structure, params, rest).unstacked()
+  )
+  _, params, rest = pure(flat(grads, rest))
+  return jax.tree.map(lambda x: np.asarray(plain(x)), (y, params, rest))
+
+
+@pytest.mark.parametrize(
+  ("mesh", "how"),
+  [
+    (pipeline_mesh, {"period": 2}),
+    pytest.param(pipeline_mesh, {"repeats": 2, "remat": True}, marks=slow),
+    pytest.param(lambda: None, {"period": 2, "repeats": 2}, marks=slow),
+  ],
+  ids=["stages", "circular", "one device"],
+)
+def test_a_pipeline_calls_layers_for_one_microbatch_after_the_other(mesh, how):
+  """The same numbers on any mesh, of random numbers and thresholds too."""
+  x, shift, period = normal(8, FEATURES), normal(1, FEATURES), how.get("period")
+  period = period or 1
+
+  def one_after_the_other(stack, x, shift):
+    parts = [stack(x[m::4], shift) for m in range(4)]
+    return jnp.stack(parts, 1).reshape(x.shape)
+
+  loop = nn.LayerStack(layers(period), period=period)
+  expected = stepped(loop, one_after_the_other, x, shift)
+  stack = nn.LayerStack(layers(period), scan=True, microbatches=4, **how)
+  found = stepped(stack, lambda stack, *args: stack(*args), x, shift, mesh())
+  found = by_layer(stack, found)
+  assert_close(found, by_layer(loop, expected))
+  assert found[2]["layers"][3]["calls"] == 3 + 4
+
+
+def test_pressure_in_a_pipeline_is_that_of_the_whole_batch():
+  """Though a micro-batch is smaller, and stages that wait see no rows."""
+
+  def layer(seed):
+    return nnx.Sequential(
+      nnx.Linear(FEATURES, FEATURES, rngs=nnx.Rngs(seed)),
+      nn.SparseReLU(pressure=30.0),
+    )
+
+  x = normal(8, FEATURES)
+  run = lambda stack, x, shift: stack(x)
+  loop, stack = (
+    nn.LayerStack([layer(i) for i in range(DEPTH)], **how)
+    for how in ({}, {"scan": True, "microbatches": 4})
+  )
+  expected = by_layer(loop, stepped(loop, run, x, x))
+  for mesh in (None, pipeline_mesh()):
+    found = by_layer(stack, stepped(stack, run, x, x, mesh))
+    assert_close(found[:2], expected[:2])
+  plain = nn.LayerStack([layer(i) for i in range(DEPTH)])
+  for one in plain.layers:
+    one.layers[1].pressure = 0.0
+  without = by_layer(plain, stepped(plain, run, x, x))
+  with pytest.raises(AssertionError):
+    assert_close(without[:2], expected[:2])
+
+
+def test_in_evaluation_a_pipeline_writes_nothing():
+  mesh = pipeline_mesh()
+  stack = nn.LayerStack(layers(), scan=True)
+  stack.eval()
+  x = normal(8, FEATURES)
+  expected = stack(x)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    found = jax.jit(lambda x: stack(x))(jax.device_put(x, everywhere))
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  calls = [int(layer.calls[...]) for layer in stack.unstacked()]
+  assert calls == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+  ("how", "message"),
+  [
+    ({}, "^scan must be True on a mesh with stages.*with 2 stages"),
+    (
+      {"scan": True, "period": 4},
+      r"multiple of stages \* repeats \* period = 2 \* 1 \* 4 = 8, got 4",
+    ),
+    ({"scan": True, "microbatches": 3}, "multiple of the stages.*=3 for 2"),
+    ({"scan": True, "microbatches": 8}, "rows.*microbatches=8 .* got 8 rows"),
+  ],
+)
+def test_a_stack_that_makes_no_pipeline_is_named(how, message):
+  stack = nn.LayerStack(layers(how.get("period", 1)), **how)
+  mesh = pipeline_mesh()
+  with (
+    jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+    pytest.raises(ValueError, match=message),
+  ):
+    jax.eval_shape(lambda x: stack(x), normal(8, FEATURES))
+
+
+@pytest.mark.parametrize(
+  ("how", "message"),
+  [
+    ({"microbatches": 2}, "^microbatches and repeats are for scan=True, got"),
+    ({"repeats": 2}, "are for scan=True.*repeats=2"),
+    ({"scan": True, "microbatches": 0}, "^microbatches must be .*=0"),
+    ({"scan": True, "repeats": 0}, "^repeats must be .*=0"),
+    (
+      {"scan": True, "repeats": 2, "period": 4},
+      r"^period \* repeats must divide the number of layers, got .*=8 for 4",
+    ),
+  ],
+  ids=str,
+)
+def test_parts_of_a_stack_are_checked(how, message):
+  with pytest.raises(ValueError, match=message):
+    nn.LayerStack(layers(), **how)
 
 
 def test_layers_are_counted():
