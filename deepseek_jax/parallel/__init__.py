@@ -41,5 +41,7 @@ from deepseek_jax.parallel.schedule import bubble as bubble
 from deepseek_jax.parallel.tables import CLASSIFIER as CLASSIFIER
 from deepseek_jax.parallel.tables import DEFAULT as DEFAULT
 from deepseek_jax.parallel.tables import LANGUAGE_MODEL as LANGUAGE_MODEL
+from deepseek_jax.parallel.watchdog import WATCHDOG_EXIT as WATCHDOG_EXIT
+from deepseek_jax.parallel.watchdog import Watchdog as Watchdog
 from deepseek_jax.parallel.wire import wire_bytes as wire_bytes
 from deepseek_jax.parallel.xla_flags import set_xla_flags as set_xla_flags

@@ -4,6 +4,7 @@ They travel over the network between the hosts, not between the devices, so
 they arrive while every device is stuck in a collective.
 """
 
+import atexit
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 
 _SEPARATOR = "/"
+_kept: list[Any] = []  # Until the very end: what destroys them may block.
 
 
 class Store:
@@ -68,6 +70,22 @@ def open_store(room: str) -> Store | None:
 
   client = distributed.global_state.client
   return None if client is None else Store(client, room)
+
+
+def leave_at_exit() -> None:
+  """Lets this process end without waiting for the others of its job.
+
+  JAX's own way out is a meeting of all processes, for which one that failed
+  would wait in vain.
+  """
+  from jax._src import distributed
+
+  def leave() -> None:
+    state = distributed.global_state
+    _kept.append((state.client, state.service))
+    state.client = state.service = None
+
+  atexit.register(leave)  # Before JAX's: the last registered goes first.
 
 
 def gather(
