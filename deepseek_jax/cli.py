@@ -107,9 +107,10 @@ def train(
     print(Plan.of(experiment).dry_run(devices))
     return OK
   result = experiment.run()
-  summary = experiment.summary(result.workdir)
-  if parallel.initialize().index == 0:
-    _tell(result, summary)
+  from deepseek_jax.train.processes import of_first
+
+  # The others wait: who ends ends the connections of all.
+  of_first(lambda: _tell(result, experiment.summary(result.workdir)))
   return _exit_code(result)
 
 

@@ -226,6 +226,8 @@ class Train:
   checkpoint_seconds: int | float = 30.0
   # Non-finite steps in a row that end the run.
   max_skipped: int = 10
+  # Seconds without a step that end a run of several processes.
+  watchdog_seconds: int | float = 600.0
   # Whether to show a progress bar or lines.
   progress: bool = True
   # Whether to write TensorBoard events.
@@ -315,7 +317,12 @@ _FREE = {
   "mesh": None,
   "samples": None,
   "data": ("data_dir",),
-  "train": ("checkpoint_seconds", "progress", "tensorboard"),
+  "train": (
+    "checkpoint_seconds",
+    "watchdog_seconds",
+    "progress",
+    "tensorboard",
+  ),
 }
 
 

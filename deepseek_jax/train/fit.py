@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -43,6 +44,7 @@ _NOT_IDENTITY = frozenset(
     "progress",
     "tensorboard",
     "checkpoint_seconds",
+    "watchdog_seconds",
     "keep",
   ]
 )
@@ -79,6 +81,7 @@ def fit(
   max_skipped: int = 10,
   mesh: Mesh | parallel.MeshSpec | None = None,
   rules: parallel.Rules = (),
+  watchdog_seconds: int | float = 600.0,
   prefetch: int | None = None,
   progress: bool = True,
   tensorboard: bool = True,
@@ -141,6 +144,9 @@ def fit(
     rules: How to cut parameters over the mesh, pairs of a path pattern and a
       `PartitionSpec` as in `parallel.specs`; they come before the library's own
       for its models, and before one that cuts large arrays over "fsdp".
+    watchdog_seconds: Seconds without a step after which a run of several
+      processes ends, each naming the one that stopped it, see
+      `parallel.Watchdog`. A process that is alone is not watched.
     prefetch: Batches a thread prepares ahead; None: 2, or 0 for data in memory
       on a CPU, where a thread would only get in the way.
     progress: Whether to show a bar (on a terminal) or lines.
@@ -210,10 +216,13 @@ def fit(
   placement.check("batch_size / accumulate", batch_size // accumulate)
   if clip_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
-  session = Session(model, tx, data, spec, placement, batch_size)
-  stream = session.stream(seed, prefetch)
-  identity = {**asked, "parameters": session.parameters()}
   with contextlib.ExitStack() as stack:
+    watchdog = None
+    if jax.process_count() > 1:
+      watchdog = stack.enter_context(parallel.Watchdog(watchdog_seconds))
+    session = Session(model, tx, data, spec, placement, batch_size)
+    stream = session.stream(seed, prefetch)
+    identity = {**asked, "parameters": session.parameters()}
     run = stack.enter_context(
       contextlib.closing(RunDirectory(workdir, identity))
     )
@@ -232,6 +241,7 @@ def fit(
       checkpoints,
       progress=progress,
       tensorboard=tensorboard,
+      watchdog=watchdog,
     )
 
 

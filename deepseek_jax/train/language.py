@@ -16,7 +16,10 @@ from flax import nnx
 
 from deepseek_jax import data as data_lib
 from deepseek_jax import models
+from deepseek_jax.train import state as state_lib
 from deepseek_jax.train.config import Experiment
+from deepseek_jax.train.placement import on_one_device
+from deepseek_jax.train.processes import of_first
 from deepseek_jax.train.result import Result
 
 TEXT_FILE = "text.json"
@@ -164,12 +167,16 @@ class LanguageExperiment(Experiment):
     """Trains as `Experiment.run`, then writes and compares text."""
     result = super().run()
     path = result.workdir / TEXT_FILE
-    if result.complete and not path.exists():
-      found = describe(self, result)
-      partial = path.with_suffix(".partial")
-      partial.write_text(json.dumps(found, indent=2))
-      partial.rename(path)
+    if result.complete and of_first(lambda: not path.exists()):
+      structure, *arrays = state_lib.split(result.model)
+      model = nnx.merge(structure, *on_one_device(arrays))
+      of_first(lambda: self._write(path, model))
     return result
+
+  def _write(self, path: pathlib.Path, model: nnx.Module) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(describe(self, model), indent=2))
+    partial.rename(path)
 
   def summary(self, workdir: pathlib.Path) -> str:
     """Returns what to print at the end of a run."""
@@ -188,21 +195,23 @@ class LanguageExperiment(Experiment):
     return "\n".join(lines)
 
 
-def describe(experiment: LanguageExperiment, result: Result) -> dict[str, Any]:
+def describe(
+  experiment: LanguageExperiment, model: nnx.Module
+) -> dict[str, Any]:
   """Returns what goes into `text.json`."""
   data = experiment.data.load()
   tokenizer = _tokenizer(data.schema)
   targets = data.test[:][data.schema.target]
   pieces = tokenizer.pieces
   text = b"".join([pieces[i] for i in targets[targets >= 0].tolist()])
-  params = nnx.to_pure_dict(nnx.state(result.model, nnx.Param))
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   return {
     "compressors": compressed_bits(text),
     "test_bytes": len(text),
     "parameters": sum(x.size for x in jax.tree.leaves(params)),
     "samples": [
       {"prompt": prompt, "text": text}
-      for prompt, text in _samples(experiment, result.model, tokenizer)
+      for prompt, text in _samples(experiment, model, tokenizer)
     ],
   }
 

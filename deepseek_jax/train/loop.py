@@ -1,5 +1,6 @@
 """The training loop: dispatch steps, look now and then, outlive a kill."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -10,6 +11,7 @@ import grain
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax import parallel
 from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
@@ -95,6 +97,7 @@ class Loop:
     checkpoints: Where states go.
     monitor: What a person sees.
     seconds: Seconds spent by earlier starts.
+    watchdog: What is told that the run goes on, or None.
   """
 
   def __init__(
@@ -111,6 +114,7 @@ class Loop:
     checkpoints: Checkpoints,
     monitor: Monitor,
     seconds: float = 0.0,
+    watchdog: parallel.Watchdog | None = None,
   ):
     self.state = state
     self.stopping = stopping
@@ -122,6 +126,7 @@ class Loop:
     self._run = run
     self._checkpoints = checkpoints
     self._monitor = monitor
+    self._watchdog = watchdog
     self._earlier = seconds
     self._started = self._saved = time.perf_counter()
     self._pending: tuple[dict[str, Any], Any] | None = None
@@ -146,9 +151,10 @@ class Loop:
         if self._schedule.logs(step):
           self._look(step)
         ended_by = self._reason(step, stop)
-      self._flush()
-      self._save()
-      self._checkpoints.wait()
+      with pause(self._watchdog, "saving the last state"):
+        self._flush()
+        self._save()
+        self._checkpoints.wait()
     return "non-finite" if self._halted else ended_by
 
   def _steps(self, step: int, stop: StopSignal) -> int:
@@ -160,12 +166,21 @@ class Loop:
       first=step,
       last=self._schedule.next_event(step),
       stop=stop,
-      advance=self._monitor.advance,
+      advance=self._advance,
     )
     return step
 
+  def _advance(self, step: int) -> None:
+    self._monitor.advance(step)
+    if self._watchdog is not None:
+      self._watchdog.beat(step)
+
   def _look(self, step: int) -> None:
     """Logs; evaluates and saves when it is time."""
+    with pause(self._watchdog, "evaluating or saving"):
+      self._log_and_save(step)
+
+  def _log_and_save(self, step: int) -> None:
     self._flush()
     self._log()
     best = (
@@ -261,6 +276,13 @@ class Loop:
     if step >= self._schedule.total:
       return self._schedule.limit
     return stop.name
+
+
+def pause(
+  watchdog: parallel.Watchdog | None, why: str
+) -> contextlib.AbstractContextManager[None]:
+  """Returns a context in which a watchdog, if there is one, expects no step."""
+  return contextlib.nullcontext() if watchdog is None else watchdog.pause(why)
 
 
 def take_steps(

@@ -129,6 +129,23 @@ class Placement:
     }
 
 
+def on_one_device(arrays: Any) -> Any:
+  """Returns copies on a device of this process of what a mesh may hold.
+
+  Every process of the mesh has to ask.
+
+  Args:
+    arrays: All of them on one mesh, or on one device.
+  """
+  found = [x.sharding for x in jax.tree.leaves(arrays)]
+  spread = [s for s in found if isinstance(s, NamedSharding)]
+  if not spread:
+    return arrays
+  whole = NamedSharding(spread[0].mesh, PartitionSpec())
+  copies = _copy_to(whole)(arrays)
+  return jax.tree.map(lambda x: x.addressable_data(0), copies)
+
+
 def _table(model: nnx.Module | None) -> parallel.Rules:
   """Returns the library's rules for a model."""
   if isinstance(model, models.LanguageModel):

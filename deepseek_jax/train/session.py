@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from deepseek_jax import data as data_lib
-from deepseek_jax import optim
+from deepseek_jax import optim, parallel
 from deepseek_jax.core import tree
 from deepseek_jax.data.dataset import ArrayReader
 from deepseek_jax.optim.averaging import averaged_params
@@ -26,7 +26,7 @@ from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
 from deepseek_jax.train.evaluation import Evaluator, batch_rows, predictions
 from deepseek_jax.train.initial import Build, initial_state, without_values
-from deepseek_jax.train.loop import Loop, Schedule
+from deepseek_jax.train.loop import Loop, Schedule, pause
 from deepseek_jax.train.monitor import Monitor
 from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.processes import is_first
@@ -130,6 +130,7 @@ class Session:
     *,
     progress: bool,
     tensorboard: bool,
+    watchdog: parallel.Watchdog | None = None,
   ) -> Result:
     """Trains from the latest checkpoint, if there is one, to a result."""
     seconds = self._resume(stopping, stream, run, checkpoints)
@@ -155,11 +156,13 @@ class Session:
         checkpoints=checkpoints,
         monitor=monitor,
         seconds=seconds,
+        watchdog=watchdog,
       )
       ended_by = loop.run()
     self.state = loop.state
     complete = ended_by not in ("SIGTERM", "SIGINT")
-    metrics = self._final(stopping, run, checkpoints, complete=complete)
+    with pause(watchdog, "evaluating the best weights"):
+      metrics = self._final(stopping, run, checkpoints, complete=complete)
     result = Result(
       metrics=metrics,
       best_step=stopping.best_step,
