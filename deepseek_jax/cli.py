@@ -6,13 +6,15 @@ SIGINT after writing a checkpoint, run the same command again to go on.
 """
 
 import difflib
+import functools
+import inspect
 import json
 import pathlib
 import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -48,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
     "evaluate": evaluate,
     "generate": generate,
     "report": report,
+    "launch": launch,
   }
   _check_command(args, commands)
   try:
@@ -55,6 +58,8 @@ def main(args: Sequence[str] | None = None) -> int:
     # before the file is read.
     if args[:1] == ["train"] and len(args) > 1 and args[1][:1] != "-":
       return train(pathlib.Path(args[1]), args[2:])
+    if args[:1] == ["launch"]:
+      return _launch(args[1:])
     return tyro.extras.subcommand_cli_from_dict(
       commands,
       prog="deepseek-jax",
@@ -69,8 +74,9 @@ def main(args: Sequence[str] | None = None) -> int:
     return STOPPED
   except RuntimeError as error:
     from deepseek_jax.data import NotPreparedError
+    from deepseek_jax.parallel import StartError
 
-    if isinstance(error, NotPreparedError):
+    if isinstance(error, NotPreparedError | StartError):
       return _fail(error, BAD_INPUT)
     raise
   except OSError as error:
@@ -232,6 +238,53 @@ def report(run: tyro.conf.Positional[pathlib.Path]) -> int:
 
   print(write_report(run))
   return OK
+
+
+def launch(
+  file: tyro.conf.Positional[pathlib.Path],
+  num_processes: Annotated[int, tyro.conf.arg(aliases=["-n"])],
+  devices_per_process: int | None = None,
+  grace_seconds: float = 15.0,
+  flags: tyro.conf.Suppress[Sequence[str]] = (),
+) -> int:
+  """Train FILE.py in several processes of this machine at once.
+
+  `deepseek-jax launch -n 4 FILE.py --train.epochs 5`: what follows the file are
+  flags of `train`. Ends with the exit code of the first process that failed.
+
+  Args:
+    file: A Python file that defines `experiment`.
+    num_processes: How many processes.
+    devices_per_process: Fake CPU devices, or GPUs, of each.
+    grace_seconds: How long the others may go on after one has failed.
+    flags: Flags of `train`.
+  """
+  from deepseek_jax.parallel.launch import launch as launch_job
+
+  if not file.is_file():
+    raise FileNotFoundError(f"no experiment file {str(file)!r}.")
+  return launch_job(
+    [sys.executable, "-m", "deepseek_jax.cli", "train", str(file), *flags],
+    num_processes,
+    devices_per_process=devices_per_process,
+    grace_seconds=grace_seconds,
+  )
+
+
+def _launch(args: Sequence[str]) -> int:
+  """Cuts the words of `launch` behind FILE: the rest are flags of `train`."""
+  end = len(args)
+  for i, word in enumerate(args):
+    before = args[i - 1] if i else ""
+    if word[:1] != "-" and (before[:1] != "-" or "=" in before):
+      end = i + 1
+      break
+  return tyro.cli(
+    functools.partial(launch, flags=args[end:]),
+    args=args[:end],
+    prog="deepseek-jax launch",
+    description=inspect.cleandoc(launch.__doc__ or "").partition("\n\nArgs")[0],
+  )
 
 
 def _check_command(args: Sequence[str], commands: dict) -> None:
