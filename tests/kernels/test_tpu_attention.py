@@ -155,9 +155,10 @@ def test_padding_sees_nothing_and_gets_no_gradient():
   assert jnp.isfinite(grad).all()
 
 
-def test_no_choices_leave_the_window():
+@pytest.mark.parametrize("turn", [1, 8])
+def test_no_choices_leave_the_window(turn):
   heads, ids = some_heads()
-  tuning = Tuning(rows=16, interpret=True)
+  tuning = Tuning(rows=16, heads=turn, interpret=True)
   none = run_heads(tuning, heads, ids[:, :, :0])
   useless = run_heads(tuning, heads, jnp.full_like(ids, -1))
   jax.tree.map(

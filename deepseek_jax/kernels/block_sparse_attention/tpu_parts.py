@@ -136,6 +136,7 @@ def in_turns(size: int, run: Callable, tree: Any) -> Any:
   size = math.gcd(total, size)
   if size == total:
     return run(tree)
-  split = lambda x: x.reshape(-1, size, *x.shape[1:])
-  join = lambda x: x.reshape(-1, *x.shape[2:])
+  # Counted, not -1: where nothing is chosen, arrays are empty.
+  split = lambda x: x.reshape(total // size, size, *x.shape[1:])
+  join = lambda x: x.reshape(total, *x.shape[2:])
   return jax.tree.map(join, jax.lax.map(run, jax.tree.map(split, tree)))
