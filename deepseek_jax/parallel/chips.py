@@ -5,7 +5,6 @@ Numbers are per chip, as their makers or the named measurements publish them.
 
 import dataclasses
 
-GIB = 2**30
 _CLOUD = "https://cloud.google.com/tpu/docs/"
 _BOOK = "https://jax-ml.github.io/scaling-book/tpus/"
 
@@ -18,7 +17,7 @@ class Chip:
     name: such as "v5p".
     kind: what `jax.Device.device_kind` says.
     flops: of bfloat16 matrix products, a second.
-    hbm: bytes of its large memory.
+    hbm: bytes of its large memory that a program may take.
     hbm_bandwidth: bytes a second to and from it.
     link: bytes a second over one link to a neighbour, in one direction.
     dims: of the torus of links.
@@ -41,9 +40,13 @@ class Chip:
   sources: tuple[str, ...]
 
 
+def _gib(count: float) -> int:
+  return int(count * 2**30)
+
+
 # The maker rounds a link to 50, 50, 100 and 112 GB a second; the book's numbers
-# are what of it reaches a program. HBM of v5p is 95 GB in the maker's words and
-# 95.74 GiB in its compiler's; the others are GiB in both.
+# are what of it reaches a program. Of the 32, 16, 95 and 32 GB of memory, the
+# compiler of libtpu 0.0.42.1 grants a program what stands here.
 CHIPS = {
   chip.name: chip
   for chip in (
@@ -51,7 +54,7 @@ CHIPS = {
       name="v4",
       kind="TPU v4",
       flops=275e12,
-      hbm=32 * GIB,
+      hbm=2 * _gib(15.25),
       hbm_bandwidth=1.2e12,
       link=4.5e10,
       dims=3,
@@ -64,7 +67,7 @@ CHIPS = {
       name="v5e",
       kind="TPU v5 lite",
       flops=197e12,
-      hbm=16 * GIB,
+      hbm=_gib(15.75),
       hbm_bandwidth=8.1e11,
       link=4.5e10,
       dims=2,
@@ -76,7 +79,7 @@ CHIPS = {
       name="v5p",
       kind="TPU v5",
       flops=459e12,
-      hbm=95 * GIB,
+      hbm=_gib(95.74),
       hbm_bandwidth=2.765e12,
       link=9e10,
       dims=3,
@@ -88,7 +91,7 @@ CHIPS = {
       name="v6e",
       kind="TPU v6 lite",
       flops=918e12,
-      hbm=32 * GIB,
+      hbm=_gib(31.25),
       hbm_bandwidth=1.64e12,
       link=9e10,
       dims=2,

@@ -26,7 +26,11 @@ Build = Callable[[Mesh], tuple[Callable[..., Any], Sequence[Any]]]
 """Makes, for a mesh, a step and its arguments as shapes with shardings."""
 
 Compiler = Literal["tpu", "cpu"]
-_FULL = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)")
+# "Used 20G of 15G hbm", or "temporaries (20G) exceeds available HBM (15G)".
+_FULL = re.compile(
+  r"(?:Used |\()([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) "
+  r"\(?([\d.]+)([KMGT]?)"
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Else the compiler looks for chips, or for others who use them.
 _ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -132,7 +136,7 @@ def compile_step(
   try:
     compiled = lowered.compile(dict(options) if options else None)
   except jax.errors.JaxRuntimeError as error:
-    return _too_large(error, name, arguments)
+    return too_large(error, name, arguments)
   return Compiled(name, memory_of(compiled), compiled.as_text())
 
 
@@ -204,7 +208,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ[name] = value
 
 
-def _too_large(
+def too_large(
   error: Exception, name: str, arguments: Sequence[Any]
 ) -> Compiled:
   """Returns what a compiler says that found too little memory.
