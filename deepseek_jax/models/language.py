@@ -57,7 +57,7 @@ class LanguageModel(nnx.Module):
     separator: token that begins a document, in [0, V); None for none.
     scan: whether to compile one body for all layers, see `nn.LayerStack`;
       parameters have an axis of layers in front then.
-    remat: whether to recompute layers on the way back, see there.
+    remat: what to recompute of layers on the way back, see there.
     microbatches: parts that a scan takes the rows in, as a pipeline does on a
       mesh with stages, see there.
     repeats: groups of layers that a stage of the pipeline holds, see there.
@@ -94,7 +94,7 @@ class LanguageModel(nnx.Module):
     dropout: int | float = 0.0,
     separator: int | None = None,
     scan: bool = False,
-    remat: bool = False,
+    remat: nn.Remat = False,
     microbatches: int | None = None,
     repeats: int = 1,
     dtype: DTypeLike = jnp.float32,

@@ -37,6 +37,7 @@ from deepseek_jax.nn.heads import Pooling as Pooling
 from deepseek_jax.nn.heads import pool_last as pool_last
 from deepseek_jax.nn.heads import pool_max as pool_max
 from deepseek_jax.nn.heads import pool_mean as pool_mean
+from deepseek_jax.nn.layer_call import Remat as Remat
 from deepseek_jax.nn.layer_stack import LayerStack as LayerStack
 from deepseek_jax.nn.lsh import BlockSummary as BlockSummary
 from deepseek_jax.nn.lsh import hash_buckets as hash_buckets

@@ -1,10 +1,21 @@
 """A layer as a function of its arrays, for loops that carry them along."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+
+Remat = bool | str
+"""What to recompute on the way back: False, True, or "dots", all but those."""
+
+
+def rematerialized(function: Callable, remat: Remat) -> Callable:
+  """Returns a function that keeps this little for the way back."""
+  if not remat:
+    return function
+  keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return jax.checkpoint(function, policy=keep if remat == "dots" else None)
 
 
 def split_arrays(layer: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
@@ -29,10 +40,10 @@ class LayerCall:
     arrays: parameters and other arrays of the layer.
   """
 
-  def __init__(self, layer: nnx.Module, remat: bool = False):
+  def __init__(self, layer: nnx.Module, remat: Remat = False):
     self._layer = layer
     self._structure, *self.arrays = split_arrays(layer)
-    self._step = jax.checkpoint(self._pure) if remat else self._pure
+    self._step = rematerialized(self._pure, remat)
     self._tree = jax.tree.structure(self.arrays[1])
     self._written: list[bool] = []
 

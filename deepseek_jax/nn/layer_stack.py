@@ -9,7 +9,7 @@ from flax import nnx
 
 from deepseek_jax import parallel
 from deepseek_jax.nn import checks
-from deepseek_jax.nn.layer_call import LayerCall, split_arrays
+from deepseek_jax.nn.layer_call import LayerCall, Remat, split_arrays
 
 
 class LayerStack(nnx.Module):
@@ -39,8 +39,10 @@ class LayerStack(nnx.Module):
     layers: modules that map an array to one of the same shape and type.
     scan: whether to compile one body for all periods.
     remat: whether to keep of each layer only its input and to recompute the
-      rest on the way back: less memory for about a third more time. A pipeline
-      keeps the input of each period, or with repeats of each group of them.
+      rest on the way back: less memory for about a third more time. "dots"
+      keeps the results of matrix products with parameters too, which leaves
+      little to recompute. A pipeline keeps the input of each period in either,
+      or with repeats of each group of them.
     period: layers after which kinds repeat; divides their number. For `scan`.
     microbatches: parts that a scan takes the rows in, a multiple of the stages.
       None for one, and in a pipeline for four a stage where rows allow.
@@ -59,7 +61,7 @@ class LayerStack(nnx.Module):
     layers: Sequence[nnx.Module],
     *,
     scan: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
     period: int = 1,
     microbatches: int | None = None,
     repeats: int = 1,
@@ -69,6 +71,7 @@ class LayerStack(nnx.Module):
       number_of_layers=len(layers), period=period, repeats=repeats
     )
     _check_scan(scan, microbatches, repeats)
+    _check_remat(remat)
     for name, parts in (
       ("period", period),
       ("period * repeats", period * repeats),
@@ -170,7 +173,7 @@ class LayerStack(nnx.Module):
       state=moving,
       microbatches=self.microbatches,
       repeats=self.repeats,
-      remat=self.remat,
+      remat=bool(self.remat),
     )
     for call, rest in zip(calls, left, strict=True):
       call.keep(rest)
@@ -190,6 +193,11 @@ class LayerStack(nnx.Module):
         f"= {stages} * {self.repeats} * {period} = {parts}, got "
         f"{self.num_layers}."
       )
+
+
+def _check_remat(remat: Any) -> None:
+  if remat not in (False, True, "dots"):
+    raise ValueError(f"remat must be False, True or 'dots', got {remat=}.")
 
 
 def _check_scan(scan: bool, microbatches: int | None, repeats: int) -> None:

@@ -4,6 +4,7 @@ Loops run as often as their compiler notes, or as their counter says when it is
 followed from its start; those that depend on data count once.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,8 +16,26 @@ MAX_TRIPS = 100_000
 """Trips after which a counter is no longer followed."""
 
 Totals = dict[Any, int | float]
-Leaf = Callable[[Instruction, Computation, bool], Mapping[Any, int | float]]
-"""Counts one instruction, given its computation and whether that is fused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """Where an instruction stands.
+
+  Attributes:
+    computation: the one that it is of.
+    fused: whether that is a fusion's.
+    notes: what a leaf likes to remember for one run of the computation that is
+      not fused, and its fusions.
+  """
+
+  computation: Computation
+  fused: bool
+  notes: set[str]
+
+
+Leaf = Callable[[Instruction, Site], Mapping[Any, int | float]]
+"""Counts one instruction."""
 
 
 def count(
@@ -34,7 +53,7 @@ def count(
     fusions: whether to look into fusions too.
   """
   counting = _Counting(program, leaf, fusions)
-  total = counting.total(program.entry, (), fused=False)
+  total = counting.total(program.entry, ())
   return total, tuple(dict.fromkeys(counting.open_loops))
 
 
@@ -46,21 +65,27 @@ class _Counting:
     self.open_loops: list[str] = []
 
   def total(
-    self, computation: Computation, arguments: Sequence[Value], *, fused: bool
+    self,
+    computation: Computation,
+    arguments: Sequence[Value],
+    notes: set[str] | None = None,
   ) -> Totals:
+    """Returns the sum over a computation; with notes, over a fusion's."""
+    fused = notes is not None
+    site = Site(computation, fused, set() if notes is None else notes)
     scalars = Scalars(self._program, computation, arguments)
     total: Totals = {}
     for one in computation.instructions.values():
-      _add(total, self._leaf(one, computation, fused), 1)
+      _add(total, self._leaf(one, site), 1)
       if one.opcode == "while":
         self._add_loop(total, one, scalars)
       elif one.opcode == "conditional":
         _add(total, self._dearest_branch(one, scalars), 1)
       elif one.opcode in self._called:
         values = [scalars[name] for name in one.operands]
-        inner = fused or one.opcode == "fusion"
+        inner = site.notes if one.opcode == "fusion" else notes
         for called in self._called_by(one, "calls", "to_apply"):
-          _add(total, self.total(called, values, fused=inner), 1)
+          _add(total, self.total(called, values, inner), 1)
     return total
 
   def _called_by(self, one: Instruction, *keys: str) -> list[Computation]:
@@ -76,15 +101,15 @@ class _Counting:
     if trips is None:
       self.open_loops.append(loop.name)
     times = 1 if trips is None else trips
-    _add(total, self.total(body, [kept], fused=False), times)
-    _add(total, self.total(condition, [kept], fused=False), times)
+    _add(total, self.total(body, [kept]), times)
+    _add(total, self.total(condition, [kept]), times)
 
   def _dearest_branch(self, one: Instruction, scalars: Scalars) -> Totals:
     keys = ("branch_computations", "true_computation", "false_computation")
     branches = self._called_by(one, *keys)
     values = [[scalars[name]] for name in one.operands[1:]]
     totals = [
-      self.total(branch, value, fused=False)
+      self.total(branch, value)
       for branch, value in zip(branches, values, strict=True)
     ]
     return max(totals, key=lambda total: sum(total.values()))

@@ -14,6 +14,7 @@ No algorithm sends less in an all-reduce, gather or scatter (Patarasuk and Yuan,
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,11 +48,14 @@ class Collective:
     kind: one of `COLLECTIVES`.
     axes: of the mesh, along which its devices lie; empty without a mesh.
     group: how many devices take part together; of a permutation, 2.
+    shift: of a permutation along one axis, how many places most of it goes,
+      negative for backwards; else 0.
   """
 
   kind: str
   axes: tuple[str, ...]
   group: int
+  shift: int = 0
 
   @property
   def place(self) -> str:
@@ -136,9 +140,9 @@ def traffic(
       f"{mesh.size} devices for a program of {program.num_devices}."
     )
 
-  def leaf(one, computation, fused):
-    found = _sent(one, computation, fused, program.num_devices, sizes)
-    if found is None:
+  def leaf(one, site):
+    found = _sent(one, site, program.num_devices, sizes)
+    if found is None or _is_seen(one, site):
       return {}
     collective, sent = found
     return {(collective, "sent"): sent, (collective, "calls"): 1}
@@ -151,8 +155,7 @@ def traffic(
 
 def _sent(
   one: hlo.Instruction,
-  computation: hlo.Computation,
-  fused: bool,
+  site: hlo_loops.Site,
   num_devices: int,
   sizes: Mapping[str, int],
 ) -> tuple[Collective, float] | None:
@@ -160,22 +163,38 @@ def _sent(
   kind = one.opcode.removesuffix("-start")
   if kind not in COLLECTIVES:
     return None
-  size = sum(shape.bytes for shape in computation.operand_shapes(one))
+  size = sum(shape.bytes for shape in site.computation.operand_shapes(one))
   if kind == "collective-permute":
-    pairs = source_target_pairs(one.tail)
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    if not len(pairs):
-      return None
-    most = np.unique(pairs[:, 0], return_counts=True)[1].max()
-    axes = crossed_axes(list(pairs), sizes)
-    return Collective(kind, axes, 2), float(size * most)
+    return _permuted(source_target_pairs(one.tail), size, sizes)
   groups = replica_groups(one.tail, num_devices)
   n = max(map(len, groups))
   if n == 1:
     return None
-  if kind == "all-reduce" and fused and _is_scatter(one, computation):
+  if kind == "all-reduce" and site.fused and _is_scatter(one, site):
     kind = "reduce-scatter"
   return Collective(kind, crossed_axes(groups, sizes), n), _ring(kind, n, size)
+
+
+def _permuted(
+  pairs: np.ndarray, size: int, sizes: Mapping[str, int]
+) -> tuple[Collective, float] | None:
+  """Returns what the busiest device sends, given who sends to whom."""
+  pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+  if not len(pairs):
+    return None
+  most = np.unique(pairs[:, 0], return_counts=True)[1].max()
+  axes = crossed_axes(list(pairs), sizes)
+  shift = 0
+  if len(axes) == 1:
+    places = np.unravel_index(pairs, tuple(sizes.values()))
+    along, length = places[list(sizes).index(axes[0])], sizes[axes[0]]
+    shifts, counts = np.unique(
+      (along[:, 1] - along[:, 0]) % length, return_counts=True
+    )
+    shift = int(shifts[counts.argmax()])
+    shift -= length if shift > length // 2 else 0
+  permutation = Collective("collective-permute", axes, 2, shift)
+  return permutation, float(size * most)
 
 
 def _ring(kind: str, n: int, taken: int) -> float:
@@ -190,10 +209,24 @@ def _ring(kind: str, n: int, taken: int) -> float:
   return part * taken
 
 
-def _is_scatter(one: hlo.Instruction, computation: hlo.Computation) -> bool:
+def _is_seen(one: hlo.Instruction, site: hlo_loops.Site) -> bool:
+  """Whether another fusion beside this one has counted the same collective.
+
+  The TPU compiler spreads one over many fusions, to run it while they compute:
+  a start, some steps and an end, all of one channel.
+  """
+  channel = re.search(r"\bchannel_id=(\d+)", one.tail)
+  if not site.fused or channel is None:
+    return False
+  seen = channel[1] in site.notes
+  site.notes.add(channel[1])
+  return seen
+
+
+def _is_scatter(one: hlo.Instruction, site: hlo_loops.Site) -> bool:
   """Whether of a fused sum only a slice is used.
 
   That is how the TPU compiler writes a reduce-scatter.
   """
-  users = computation.users.get(one.name, [])
+  users = site.computation.users.get(one.name, [])
   return bool(users) and all(user.opcode == "dynamic-slice" for user in users)

@@ -155,9 +155,10 @@ def test_padding_sees_nothing_and_gets_no_gradient():
   assert jnp.isfinite(grad).all()
 
 
-def test_no_choices_leave_the_window():
+@pytest.mark.parametrize("turn", [1, 8])
+def test_no_choices_leave_the_window(turn):
   heads, ids = some_heads()
-  tuning = Tuning(rows=16, interpret=True)
+  tuning = Tuning(rows=16, heads=turn, interpret=True)
   none = run_heads(tuning, heads, ids[:, :, :0])
   useless = run_heads(tuning, heads, jnp.full_like(ids, -1))
   jax.tree.map(
@@ -185,6 +186,51 @@ def test_what_the_kernels_cannot_do_is_said(change, message):
   with pytest.raises(NotImplementedError, match=message) as error:
     jax.eval_shape(run, heads, ids)
   assert "use implementation='xla'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("group", "window", "cell"), [(1, 256, 128), (1, 8192, 512), (4, 8192, 256)]
+)
+def test_cells_of_long_windows_are_as_large_as_fits(group, window, cell):
+  shape = lambda *s: jax.ShapeDtypeStruct((1, 8192, *s), "bfloat16")
+  heads = Heads(shape(group, 128), shape(128), shape(128), None, None, None)
+  layout = Layout(block=64, reach=window // 64 - 1, is_causal=True, ramp=1.0)
+  tuning = tpu.tuning(layout, heads)
+  assert tuning.blocks * 64 == cell
+  assert tpu.why_not(layout, tuning, heads) is None
+
+
+def _cost(function, *arguments):
+  """Returns the summed estimates of all kernels, flops and bytes."""
+  found = []
+
+  def look(jaxpr):
+    for one in jaxpr.eqns:
+      if one.primitive.name == "pallas_call":
+        found.append(one.params["cost_estimate"])
+      else:
+        for value in one.params.values():
+          inner = getattr(value, "jaxpr", value)
+          if hasattr(inner, "eqns"):
+            look(inner)
+
+  look(jax.make_jaxpr(function)(*arguments).jaxpr)
+  return sum(x.flops for x in found), sum(x.bytes_accessed for x in found)
+
+
+def test_kernels_say_what_they_cost():
+  heads, ids = some_heads()
+  layout = Layout(block=BLOCK, reach=5, is_causal=True, ramp=1.0)
+  run = lambda heads: tpu.attend(layout, Tuning(), heads, ids[:, :, :0])[0]
+  flops, moved = _cost(run, heads)
+  # Of six cells every one meets itself and those before it.
+  pairs, wide = KV_HEADS * 6 * 7 // 2, BLOCK * SIZE * 4
+  assert flops == pairs * 2 * (2 * BLOCK * BLOCK * SIZE)
+  own = KV_HEADS * 6 * (wide + wide + BLOCK * 4)  # q, out and its lse.
+  assert moved == own + pairs * 2 * wide
+  grad = lambda heads: jax.grad(lambda q: run(heads._replace(q=q)).sum())
+  both, _ = _cost(lambda heads: grad(heads)(heads.q), heads)
+  assert both == flops // 2 * (2 + 3 + 4)
 
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

@@ -294,7 +294,7 @@ def test_what_a_tpu_writes_is_read():
   assert found.sent == {
     wire.Collective("reduce-scatter", everyone, 8): trips * whole * 7 / 8,
     wire.Collective("all-gather", everyone, 8): trips * whole * 7 / 8,
-    wire.Collective("collective-permute", ("fsdp",), 2): trips * whole,
+    wire.Collective("collective-permute", ("fsdp",), 2, 1): trips * whole,
   }
   assert set(found.calls.values()) == {trips}
   assert found.open_loops == ()

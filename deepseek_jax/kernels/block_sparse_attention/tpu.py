@@ -39,6 +39,7 @@ from deepseek_jax.kernels.block_sparse_attention.xla_parts import (
 )
 
 _LANES = 512  # Queries that a step of a grid meets: enough to pay for a step.
+_CELL = 512  # Tokens of a cell of a long window.
 _TOKENS = 2**14  # Of all heads that run at once, to bound the memory of tiles.
 
 
@@ -47,10 +48,27 @@ def tuning(layout: Layout, heads: Heads, *, interpret: bool = False) -> Tuning:
   _, time, group, _ = heads.q.shape
   return Tuning(
     rows=min(256, max(16, _LANES // group // 16 * 16)),
-    blocks=max(1, 128 // layout.block),
+    blocks=_cell_blocks(layout, heads),
     heads=max(2, _TOKENS // time),  # A chip may have two cores to feed.
     interpret=interpret,
   )
+
+
+def _cell_blocks(layout: Layout, heads: Heads) -> int:
+  """Returns the blocks of a cell: of long windows, as many as fit.
+
+  A larger cell reads keys fewer times and takes fewer steps of the grid, but
+  computes more of what the edges of a window mask.
+  """
+  group, size = heads.q.shape[2:]
+  blocks = max(1, 128 // layout.block)
+  while True:
+    cell = 2 * blocks * layout.block
+    need = vmem_bytes(cell, cell * group, size)
+    long = layout.band * layout.block >= 4 * cell
+    if not long or cell > _CELL or need > VMEM_BYTES:
+      return blocks
+    blocks *= 2
 
 
 def why_not(layout: Layout, tuning: Tuning, heads: Heads) -> str | None:

@@ -130,12 +130,37 @@ def vmem_bytes(keys: int, lanes: int, head: int) -> int:
   return 4 * (weights + of_query + of_key)
 
 
+def cost(dots: int, pairs: int, rows: Rows, keys: Keys, moved: int) -> Any:
+  """Returns what a kernel costs, for the compiler and for `parallel.preflight`.
+
+  Args:
+    dots: products of a cell of queries with one of keys.
+    pairs: of such cells that meet, of all heads.
+    rows: what belongs to the queries.
+    keys: what belongs to the keys.
+    moved: bytes between the large and the fast memory.
+  """
+  lanes, size = rows.q.shape[2:]
+  weights = pairs * lanes * keys.k.shape[2]
+  return pl.CostEstimate(
+    flops=2 * dots * weights * size,
+    transcendentals=weights,
+    bytes_accessed=moved,
+  )
+
+
+def byte_count(tree: Any) -> int:
+  """Returns the bytes of all arrays of a tree, or of their shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def in_turns(size: int, run: Callable, tree: Any) -> Any:
   """Runs on at most `size` members of the leading axis at a time."""
   total = jax.tree.leaves(tree)[0].shape[0]
   size = math.gcd(total, size)
   if size == total:
     return run(tree)
-  split = lambda x: x.reshape(-1, size, *x.shape[1:])
-  join = lambda x: x.reshape(-1, *x.shape[2:])
+  # Counted, not -1: where nothing is chosen, arrays are empty.
+  split = lambda x: x.reshape(total // size, size, *x.shape[1:])
+  join = lambda x: x.reshape(total, *x.shape[2:])
   return jax.tree.map(join, jax.lax.map(run, jax.tree.map(split, tree)))

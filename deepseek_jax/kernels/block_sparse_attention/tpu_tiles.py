@@ -22,6 +22,8 @@ from deepseek_jax.kernels.block_sparse_attention.tpu_parts import (
   Tuning,
   as_cells,
   as_rows,
+  byte_count,
+  cost,
   dot,
   log_sum,
   same_segment,
@@ -46,7 +48,7 @@ def tiles_forward(
     jax.ShapeDtypeStruct(rows.q.shape, jnp.float32),
     jax.ShapeDtypeStruct(_row_shape(rows), jnp.float32),
   ]
-  call = _call(_forward_kernel, tuning, rows, keys, outs, [_own, _own])
+  call = _call(_forward_kernel, 2, tuning, rows, keys, outs, [_own, _own])
   out, lse = call(*_table(plan), rows, keys)
   count, _, group, size = heads.q.shape
   return Partial(
@@ -63,7 +65,7 @@ def tiles_backward(
     jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (rows.q, keys.k, keys.v)
   ]
   places = [_own, _chosen, _chosen]
-  call = _call(_backward_kernel, tuning, rows, keys, outs, places)
+  call = _call(_backward_kernel, 5, tuning, rows, keys, outs, places)
   d_q, d_k, d_v = call(*_table(plan), rows, keys)
   count, time, group, size = heads.q.shape
   wide = lambda x: x.reshape(count, time, size)
@@ -116,7 +118,10 @@ def _logits(rows: Rows, keys: Keys) -> Array:
   return jnp.where(seen, logits, -jnp.inf)
 
 
-def _call(kernel, tuning: Tuning, rows: Rows, keys: Keys, outs, places):
+def _call(kernel, dots, tuning: Tuning, rows: Rows, keys: Keys, outs, places):
+  heads, tiles = rows.q.shape[:2]
+  moved = byte_count((rows, outs))
+  moved += byte_count(keys) // keys.k.shape[1] * tiles
   return pl.pallas_call(
     kernel,
     out_shape=outs,
@@ -129,6 +134,7 @@ def _call(kernel, tuning: Tuning, rows: Rows, keys: Keys, outs, places):
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary")
     ),
+    cost_estimate=cost(dots, heads * tiles, rows, keys, moved),
     interpret=tuning.interpret,
     name=kernel.__name__.strip("_"),
   )

@@ -24,6 +24,8 @@ from deepseek_jax.kernels.block_sparse_attention.tpu_parts import (
   Tuning,
   as_cells,
   as_rows,
+  byte_count,
+  cost,
   dot,
   log_sum,
   same_segment,
@@ -43,7 +45,7 @@ def windows_forward(layout: Layout, tuning: Tuning, heads: Heads) -> Partial:
   row = cells.row(rows)
   lanes, size = rows.q.shape[2:]
   call = _call(
-    _forward_kernel, cells, tuning, rows, keys,
+    _forward_kernel, 2, cells, tuning, rows, keys,
     outs=[rows.q, row], walk=cells.back,
     scratch=[(1, lanes), (1, lanes), (size, lanes)],
   )  # fmt: skip
@@ -60,12 +62,12 @@ def windows_backward(
   lanes, size = rows.q.shape[2:]
   edges = [row for x in (rows.span, rows.offset) if x is not None]
   queries = _call(
-    _query_kernel, cells, tuning, rows, keys,
+    _query_kernel, 3, cells, tuning, rows, keys,
     outs=[rows.q, *edges], walk=cells.back, scratch=[(size, lanes)],
   )  # fmt: skip
   d_q, *edges = queries(rows, keys)
   of_keys = _call(
-    _key_kernel, cells, tuning, rows, keys,
+    _key_kernel, 4, cells, tuning, rows, keys,
     outs=[keys.k, keys.v], walk=cells.forth, scratch=[],
   )  # fmt: skip
   d_k, d_v = of_keys(rows, keys)
@@ -100,6 +102,14 @@ class _Cells(NamedTuple):
   @property
   def band(self) -> int:
     return self.reach + 1 + self.ahead
+
+  @property
+  def pairs(self) -> int:
+    """How many cells of queries and of keys meet."""
+    inside = lambda i: (
+      min(i, self.reach) + 1 + min(self.count - 1 - i, self.ahead)
+    )
+    return sum(map(inside, range(self.count)))
 
   def back(self, cell, step):
     """Returns the cell of keys that a cell of queries meets at a step."""
@@ -242,8 +252,8 @@ def _if_inside(cells: _Cells, walk: Callable):
 
 
 def _call(
-  kernel, cells: _Cells, tuning: Tuning, rows: Rows, keys: Keys, *, outs, walk,
-  scratch,
+  kernel, dots: int, cells: _Cells, tuning: Tuning, rows: Rows, keys: Keys, *,
+  outs, walk, scratch,
 ):  # fmt: skip
   own = lambda head, cell, step: (head, cell)
 
@@ -252,12 +262,18 @@ def _call(
     return head, jnp.clip(walk(cell, step), 0, cells.count - 1)
 
   at_rows, at_keys = (own, met) if walk == cells.back else (met, own)
+  kept, fetched = (rows, keys) if walk == cells.back else (keys, rows)
+  outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in outs]
+  # What is met is fetched for every cell that meets it.
+  moved = byte_count((kept, outs))
+  moved += byte_count(fetched) // cells.count * cells.pairs
   return pl.pallas_call(
     functools.partial(kernel, cells),
-    out_shape=[jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in outs],
+    out_shape=outs,
     grid=(rows.q.shape[0], cells.count, cells.band),
     in_specs=[specs(rows, at_rows), specs(keys, at_keys)],
     out_specs=[specs(x, own) for x in outs],
+    cost_estimate=cost(dots, rows.q.shape[0] * cells.pairs, rows, keys, moved),
     scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary")
