@@ -5,6 +5,7 @@ non-finite; 4 a file could not be written; 75 stopped by SIGTERM or
 SIGINT after writing a checkpoint, run the same command again to go on.
 """
 
+import argparse
 import difflib
 import functools
 import inspect
@@ -51,6 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
     "generate": generate,
     "report": report,
     "launch": launch,
+    "preflight": preflight,
   }
   _check_command(args, commands)
   try:
@@ -58,6 +60,8 @@ def main(args: Sequence[str] | None = None) -> int:
     # before the file is read.
     if args[:1] == ["train"] and len(args) > 1 and args[1][:1] != "-":
       return train(pathlib.Path(args[1]), args[2:])
+    if args[:1] == ["preflight"] and len(args) > 1 and args[1][:1] != "-":
+      return _preflight(pathlib.Path(args[1]), args[2:])
     if args[:1] == ["launch"]:
       return _launch(args[1:])
     return tyro.extras.subcommand_cli_from_dict(
@@ -285,6 +289,60 @@ def _launch(args: Sequence[str]) -> int:
     prog="deepseek-jax launch",
     description=inspect.cleandoc(launch.__doc__ or "").partition("\n\nArgs")[0],
   )
+
+
+def preflight(
+  file: tyro.conf.Positional[pathlib.Path],
+  topology: str,
+  scaling: bool = False,
+  flags: tyro.conf.Suppress[Sequence[str]] = (),
+) -> int:
+  """Say whether the experiment in FILE.py fits a pod, and how fast it could be.
+
+  `deepseek-jax preflight FILE.py --topology v5p:8x8x16 --mesh.fsdp 64`: what is
+  no flag of this command is one of `train`. Compiles the step with the compiler
+  of TPUs where that is installed (`pip install "deepseek-jax[tpu]"`), and for
+  fake CPU devices elsewhere. Ends with 2 if it does not fit.
+
+  Args:
+    file: A Python file that defines `experiment`.
+    topology: Chips and the sizes of their torus, such as v5p:8x8x16.
+    scaling: Whether to add a table from 8 chips to all, the batch growing.
+    flags: Flags of `train`.
+  """
+  import jax
+
+  # What is asked for is not here, and what is here is not asked.
+  jax.config.update("jax_platforms", "cpu")
+  from deepseek_jax.parallel import topology as topology_lib
+  from deepseek_jax.parallel.preflight_compile import allow_devices
+
+  allow_devices(topology_lib.parse(topology).num_devices)
+  experiment = configured(
+    file, flags, prog="deepseek-jax preflight", epilog=_EXIT_CODES
+  )
+  from deepseek_jax.train.preflight import preflight_text
+
+  text, fits = preflight_text(experiment, topology, scaling=scaling)
+  print(text)
+  return OK if fits else BAD_INPUT
+
+
+def _preflight(file: pathlib.Path, words: Sequence[str]) -> int:
+  """Cuts the words of `preflight` in its own and those of the experiment."""
+  parser = argparse.ArgumentParser(
+    prog="deepseek-jax preflight FILE",
+    description=inspect.getdoc(preflight),
+    add_help=False,
+    allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--topology", required="--help" not in words)
+  parser.add_argument("--scaling", action="store_true")
+  own, flags = parser.parse_known_args(words)
+  if "--help" in words:
+    parser.print_help()
+  return preflight(file, own.topology or "v5e:2x2", own.scaling, flags)
 
 
 def _check_command(args: Sequence[str], commands: dict) -> None:

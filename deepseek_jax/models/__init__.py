@@ -1,6 +1,7 @@
 """Whole models, made of `nn` layers."""
 
 from deepseek_jax.models.classifier import Classifier as Classifier
+from deepseek_jax.models.cost import token_flops as token_flops
 from deepseek_jax.models.generation import generate as generate
 from deepseek_jax.models.generation import sample as sample
 from deepseek_jax.models.generation import stream as stream

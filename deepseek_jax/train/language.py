@@ -163,6 +163,19 @@ class LanguageExperiment(Experiment):
       optimizer = dataclasses.replace(optimizer, stacked=stacked)
     return optimizer.build(total_steps)
 
+  def model_flops(self, schema: data_lib.Schema) -> float:
+    """Returns operations of a step that the model asks for.
+
+    Six for every parameter that a token meets in a product, and as many for
+    every number of a key or a value that it may read.
+    """
+    model: Any = nnx.eval_shape(lambda: self.build_model(schema))
+    return (
+      models.token_flops(model, self.data.length)
+      * self.data.batch_size
+      * self.data.length
+    )
+
   def run(self) -> Result:
     """Trains as `Experiment.run`, then writes and compares text."""
     result = super().run()

@@ -38,6 +38,8 @@ class Plan:
     spec: What a step does.
     batch: Shapes of a batch of all processes, by name.
     mesh: Sizes of the mesh's axes.
+    model_flops: Operations that the model itself asks for in a step, forward
+      and backward, recomputing not counted; None if nobody knows.
   """
 
   build: Build
@@ -45,18 +47,16 @@ class Plan:
   spec: StepSpec
   batch: dict[str, jax.ShapeDtypeStruct]
   mesh: parallel.MeshSpec
+  model_flops: float | None = None
 
   @classmethod
   def of(cls, experiment: "Experiment") -> "Plan":
     """Returns the plan of an experiment; reads the schema of its data."""
     data = experiment.data.load()
-    stream = data_lib.batches(
-      data.train,
-      experiment.data.batch_size,
-      shuffle=False,
-      epochs=1,
-      prefetch=0,
-    )
+    # One row tells the shapes of all: a pod's batch may be larger than the data
+    # that is at hand here.
+    one = next(iter(data_lib.batches(data.train, 1, shuffle=False, prefetch=0)))
+    rows = experiment.data.batch_size
     settings = experiment.train
     tx = experiment.build_optimizer(experiment.total_steps(data))
     if settings.clip_norm is not None:
@@ -73,10 +73,28 @@ class Plan:
         max_skipped=settings.max_skipped,
       ),
       batch={
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for name, x in next(iter(stream)).items()
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+        for name, x in one.items()
       },
       mesh=experiment.mesh,
+      model_flops=experiment.model_flops(data.schema),
+    )
+
+  @property
+  def rows(self) -> int:
+    """Rows of a batch."""
+    return next(iter(self.batch.values())).shape[0]
+
+  def grown(self, times: float) -> "Plan":
+    """Returns the plan for so many times the rows."""
+    rows = round(self.rows * times)
+    return dataclasses.replace(
+      self,
+      batch={
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+        for name, x in self.batch.items()
+      },
+      model_flops=self.model_flops and self.model_flops * rows / self.rows,
     )
 
   def build_step(
@@ -91,8 +109,9 @@ class Plan:
       ValueError: If rows or rules do not fit the mesh.
     """
     placement = Placement(mesh)
-    rows = next(iter(self.batch.values())).shape[0]
-    placement.check("batch_size / accumulate", rows // self.spec.accumulate)
+    placement.check(
+      "batch_size / accumulate", self.rows // self.spec.accumulate
+    )
     shapes, shardings = abstract_state(
       self.build, self.tx, self.spec.task, placement
     )

@@ -104,3 +104,28 @@ def test_the_command_needs_no_devices(tmp_path):
   assert "mesh: fsdp 8, tensor 4 (32 x cpu)" in done.stdout
   assert "optimizer" in done.stdout
   assert not list(tmp_path.iterdir()), json.dumps(os.listdir(tmp_path))
+
+
+def test_a_plan_grows_with_its_pod():
+  drawn = plan.Plan.of(experiment())
+  grown = dataclasses.replace(drawn, model_flops=3.0).grown(4)
+  assert grown.rows == 64
+  assert grown.model_flops == 12.0
+  assert drawn.model_flops is None
+
+
+@pytest.mark.slow
+def test_preflight_says_what_a_pod_makes_of_an_experiment(tmp_path):
+  file = ROOT / "experiments" / "byte_lm.py"
+  command = [sys.executable, "-m", "deepseek_jax.cli", "preflight", str(file)]
+  flags = ["--mesh.fsdp", "4", "--model.features", "32", "--data.length", "64"]
+  asked = {"cwd": tmp_path, "capture_output": True, "text": True}
+  where = ["--topology", "v5e:4x4", "--scaling"]
+  done = subprocess.run([*command, *where, *flags], **asked, check=True)
+  assert "v5e:4x4: 16 devices, mesh data=4 fsdp=4" in done.stdout
+  assert "of the peak for the model's own" in done.stdout
+  table = done.stdout.split("the same work a device")[1]
+  assert [line.split()[0] for line in table.splitlines()[2:4]] == ["8", "16"]
+  done = subprocess.run([*command, "--topology", "v5e:4x5"], **asked)
+  assert done.returncode == 2
+  assert "the nearest is 'v5e:4x4'" in done.stderr
