@@ -30,6 +30,15 @@ from deepseek_jax.nn.dynamic_attention import (
 )
 from deepseek_jax.nn.dynamic_layer import DynamicAttention as DynamicAttention
 from deepseek_jax.nn.dynamic_layer import HashProjections as HashProjections
+from deepseek_jax.nn.expert_balance import Balance as Balance
+from deepseek_jax.nn.expert_balance import balance_loss as balance_loss
+from deepseek_jax.nn.expert_balance import moved_bias as moved_bias
+from deepseek_jax.nn.expert_balance import with_loss as with_loss
+from deepseek_jax.nn.expert_bank import ExpertBank as ExpertBank
+from deepseek_jax.nn.expert_loads import ExpertLoads as ExpertLoads
+from deepseek_jax.nn.expert_loads import expert_loads as expert_loads
+from deepseek_jax.nn.experts import ExpertBias as ExpertBias
+from deepseek_jax.nn.experts import MixtureOfExperts as MixtureOfExperts
 from deepseek_jax.nn.feed_forward import GatedFeedForward as GatedFeedForward
 from deepseek_jax.nn.heads import AttentionPooling as AttentionPooling
 from deepseek_jax.nn.heads import ClassificationHead as ClassificationHead
@@ -47,6 +56,9 @@ from deepseek_jax.nn.recurrent import LSTM as LSTM
 from deepseek_jax.nn.recurrent import BidirectionalLSTM as BidirectionalLSTM
 from deepseek_jax.nn.recurrent import LSTMState as LSTMState
 from deepseek_jax.nn.rotary import rotate_by_position as rotate_by_position
+from deepseek_jax.nn.routing import Gate as Gate
+from deepseek_jax.nn.routing import Routing as Routing
+from deepseek_jax.nn.routing import route as route
 from deepseek_jax.nn.selection import Candidates as Candidates
 from deepseek_jax.nn.selection import select_blocks as select_blocks
 from deepseek_jax.nn.sequence_choice import ShardedChoice as ShardedChoice

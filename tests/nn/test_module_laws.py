@@ -107,6 +107,20 @@ MODULES = {
     takes_mask=False,
     has_dropout=False,
   ),
+  "mixture of experts": Case(
+    lambda **kwargs: nn.MixtureOfExperts(8, 12, 4, num_shared=1, **kwargs),
+    TOKENS,
+    takes_mask=False,
+    has_dropout=False,
+  ),
+  "mixture with an auxiliary loss": Case(
+    lambda **kwargs: nn.MixtureOfExperts(
+      8, 12, 4, top_k=1, gate="softmax", balance="auxiliary", **kwargs
+    ),
+    TOKENS,
+    takes_mask=False,
+    has_dropout=False,
+  ),
   "layer stack": Case(
     lambda **kwargs: nn.LayerStack(
       [nn.AttentionBlock(8, dropout=0.5, **kwargs) for _ in range(2)],
@@ -171,8 +185,11 @@ MODULES = {
   ),
 }
 
-# Each of its branches is compiled, and is another row's.
-SLOW = ("annealed dynamic attention block",)
+# Their branches are compiled in other rows too.
+SLOW = (
+  "annealed dynamic attention block",
+  "mixture with an auxiliary loss",
+)
 
 
 def each(names):
