@@ -85,7 +85,7 @@ class Plan:
     """Rows of a batch."""
     return next(iter(self.batch.values())).shape[0]
 
-  def grown(self, times: float) -> "Plan":
+  def grown(self, times: int | float) -> "Plan":
     """Returns the plan for so many times the rows."""
     rows = round(self.rows * times)
     return dataclasses.replace(

@@ -119,6 +119,7 @@ def test_preflight_says_what_a_pod_makes_of_an_experiment(tmp_path):
   file = ROOT / "experiments" / "byte_lm.py"
   command = [sys.executable, "-m", "deepseek_jax.cli", "preflight", str(file)]
   flags = ["--mesh.fsdp", "4", "--model.features", "32", "--data.length", "64"]
+  flags += ["--data.batch-size", "64"]
   asked = {"cwd": tmp_path, "capture_output": True, "text": True}
   where = ["--topology", "v5e:4x4", "--scaling"]
   done = subprocess.run([*command, *where, *flags], **asked, check=True)
