@@ -26,7 +26,6 @@ from deepseek_jax.parallel.place import device_bytes as device_bytes
 from deepseek_jax.parallel.place import local_rows as local_rows
 from deepseek_jax.parallel.place import make_sharded as make_sharded
 from deepseek_jax.parallel.place import put_batch as put_batch
-from deepseek_jax.parallel.roll_call import StartError as StartError
 from deepseek_jax.parallel.rules import Largest as Largest
 from deepseek_jax.parallel.rules import Placement as Placement
 from deepseek_jax.parallel.rules import Preferred as Preferred
@@ -38,6 +37,7 @@ from deepseek_jax.parallel.rules import specs as specs
 from deepseek_jax.parallel.rules import state_specs as state_specs
 from deepseek_jax.parallel.schedule import Schedule as Schedule
 from deepseek_jax.parallel.schedule import bubble as bubble
+from deepseek_jax.parallel.store import StartError as StartError
 from deepseek_jax.parallel.tables import CLASSIFIER as CLASSIFIER
 from deepseek_jax.parallel.tables import DEFAULT as DEFAULT
 from deepseek_jax.parallel.tables import LANGUAGE_MODEL as LANGUAGE_MODEL

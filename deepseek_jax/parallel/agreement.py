@@ -49,7 +49,7 @@ def agree(
   Raises:
     DisagreementError: If some differ: names the fields, their values and the
       ranks. On every process.
-    TimeoutError: If some did not call this in time; names their ranks.
+    StartError: If some did not call this in time; names their ranks.
   """
   room = f"agree/{next(_calls)}"
   store = open_store(room)

@@ -14,16 +14,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from deepseek_jax.parallel.store import name_ranks
+from deepseek_jax.parallel.store import StartError, name_ranks
 
 _GREETING = "deepseek-jax roll call"
 _PATIENCE = 3.0  # Seconds that others wait longer than rank 0, to hear it.
 _LINGER = 10.0  # Seconds that the rest have to come and hear of an error.
 _LONGEST = 65536  # Bytes of a message, far more than any has.
-
-
-class StartError(RuntimeError):
-  """The processes of a job did not find each other."""
 
 
 def call_roll(

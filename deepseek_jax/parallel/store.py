@@ -16,6 +16,10 @@ _SEPARATOR = "/"
 _kept: list[Any] = []  # Until the very end: what destroys them may block.
 
 
+class StartError(RuntimeError):
+  """The processes of a job did not find each other."""
+
+
 class Store:
   """Text by key, seen by every process.
 
@@ -110,7 +114,7 @@ def gather(
     clock: What tells the time.
 
   Raises:
-    TimeoutError: If some left nothing in time; names their ranks.
+    StartError: If some left nothing in time; names their ranks.
   """
   store.put(f"{folder}/{rank}", value)
   end = clock() + seconds
@@ -118,7 +122,7 @@ def gather(
   while len(found := store.ranks(folder)) < count:
     if clock() > end:
       missing = [r for r in range(count) if r not in found]
-      raise TimeoutError(
+      raise StartError(
         f"{name_ranks(missing)} of {count} did not come to {folder!r} within "
         f"{seconds:g} s."
       )

@@ -46,7 +46,7 @@ def agree_all(fields, seconds=5.0, absent=()):
         seconds=seconds,
       )
       said[rank] = None
-    except (agreement.DisagreementError, TimeoutError) as error:
+    except (agreement.DisagreementError, store.StartError) as error:
       said[rank] = str(error)
 
   ranks = [r for r in range(len(fields)) if r not in absent]

@@ -33,9 +33,11 @@ PYTHONPATH={ROOT} exec {sys.executable} "$@"
 """
 JOIN = f"""#!/bin/sh
 PYTHONPATH={ROOT} exec {sys.executable} -c '
+import os
 from deepseek_jax import parallel
 found = parallel.initialize()
-print(found.index, "of", found.count, "by", found.found_by)
+line = f"{{found.index}} of {{found.count}} by {{found.found_by}}\\n"
+os.write(1, line.encode())  # At once: the other one writes there, too.
 '
 """
 # `srun` of one node with two tasks.
@@ -231,8 +233,10 @@ def test_a_pod_of_kubernetes_trains(run):
 def test_processes_that_slurm_starts_find_each_other(run):
   process, _ = slurm(run, WORDS, python=JOIN)
   assert process.returncode == 0, process.stderr
-  lines = sorted(line for line in process.stdout.splitlines() if line[0] != "[")
-  assert lines == ["0 of 2 by SLURM", "1 of 2 by SLURM"]
+  assert sorted(process.stdout.splitlines()) == [
+    "0 of 2 by SLURM",
+    "1 of 2 by SLURM",
+  ]
 
 
 @pytest.mark.slow
