@@ -111,6 +111,8 @@ class Watcher:
     self._exchange.tell()
     own = self.progress.state == RAISED
     self._settled.wait(_LAST if own else None)
+    # A thread inside JAX's client while the interpreter ends would crash it.
+    self._exchange.stop()
     leave_at_exit()
     last_words.end_later(_LAST)
 

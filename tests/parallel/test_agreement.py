@@ -4,7 +4,6 @@ import collections
 import threading
 
 import jax
-import jobs
 import pytest
 
 from deepseek_jax.parallel import agreement, store
@@ -108,22 +107,3 @@ def test_values_that_are_no_json_count_as_what_they_print():
 )
 def test_ranks_are_written_briefly(ranks, written):
   assert store.name_ranks(ranks) == written
-
-
-@pytest.mark.slow
-def test_processes_that_disagree_all_end_and_say_so():
-  ended = jobs.run(
-    """
-    join()
-    parallel.agree({"seed": 0})
-    try:
-      parallel.agree({"seed": RANK // 2})
-    except parallel.DisagreementError as error:
-      raise SystemExit(str(error))
-    """,
-    3,
-  )
-  for process in ended.values():
-    assert process.code == 1, process.err
-    said = "seed is 0 on ranks 0, 1 and 1 on rank 2"
-    assert said in process.err

@@ -241,7 +241,7 @@ def test_a_run_on_the_cpu_gets_no_flags():
 
 
 @pytest.mark.slow
-def test_processes_join_once_and_compute_together():
+def test_processes_join_once_compute_together_and_end_when_they_disagree():
   ended = jobs.run(
     """
     import logging
@@ -250,13 +250,18 @@ def test_processes_join_once_and_compute_together():
     assert join() == parallel.initialize()
     assert (found.index, found.count) == (RANK, COUNT)
     step, x = make_step()
-    print(float(jax.jit(jnp.sum)(step(x))))
+    assert float(jax.jit(jnp.sum)(step(x))) == 6.0
+    parallel.agree({"seed": 0})
+    try:
+      parallel.agree({"seed": RANK // 2})
+    except parallel.DisagreementError as error:
+      raise SystemExit(str(error))
     """,
     3,
   )
   for rank, process in ended.items():
-    assert process.code == 0, process.err
-    assert process.out.split()[-1] == "6.0"
+    assert process.code == 1, process.err
+    assert "seed is 0 on ranks 0, 1 and 1 on rank 2" in process.err
     assert ("3 processes, found by arguments" in process.err) == (rank == 0)
 
 

@@ -1,7 +1,11 @@
 """Laws of the watchdog: who is to blame, when it must not bark, and its end."""
 
 import dataclasses
+import json
 import math
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 
@@ -347,20 +351,6 @@ def test_a_rank_that_keeps_the_gil_ends_too():
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_is_named_and_ends_once_it_goes_on():
-  ended = drill(
-    "import signal, subprocess\n"
-    "go_on = f'sleep 12; kill -CONT {os.getpid()}'\n"
-    "subprocess.Popen(['sh', '-c', go_on], start_new_session=True)\n"
-    "os.kill(os.getpid(), signal.SIGSTOP)"
-  )
-  assert ended[0].code == WATCHDOG_EXIT
-  assert "rank 1 is the culprit: it was not heard of" in ended[0].err
-  # By then it is late, for whichever of its threads is the first to go on.
-  assert ended[1].code in (1, WATCHDOG_EXIT)
-
-
-@pytest.mark.slow
 def test_rank_0_which_hosts_the_coordinator_may_die():
   ended = jobs.run(
     RUN.replace("RANK == COUNT - 1", "RANK == 0").replace(
@@ -371,3 +361,21 @@ def test_rank_0_which_hosts_the_coordinator_may_die():
   assert ended[0].code == -9
   assert ended[1].code == WATCHDOG_EXIT
   assert "rank 0 is the culprit: it is gone from" in ended[1].err
+
+
+@pytest.mark.slow
+def test_a_drill_ends_in_time_and_names_the_culprit(tmp_path):
+  out = tmp_path / "drills.json"
+  folder = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"
+  subprocess.run(
+    [
+      *(sys.executable, str(folder / "drills.py"), "--out", str(out)),
+      *("--processes", "2", "--repeats", "1", "--seconds", "4"),
+      *("--faults", "inside"),
+    ],
+    check=True,
+    env=jobs.environment(),
+  )
+  (row,) = json.loads(out.read_text())["rows"]
+  assert (row["fault"], row["good"]) == ("inside", 1)
+  assert row["trials"][0]["codes"] == [WATCHDOG_EXIT] * 2
