@@ -94,7 +94,8 @@ def run(
       it is installed if None. Where JAX has fewer devices already than the
       topology, "cpu" compiles in a process of its own, for which `build` and
       `model_flops` must be functions of a module.
-    options: of the compiler, such as {"xla_tpu_overlap_...": "true"}.
+    options: of the compiler; for "tpu" those of `xla_flags.TPU` if None, as
+      `set_xla_flags` gives them to a job.
 
   Raises:
     ValueError: if there is no such topology, the mesh does not fit it, or

@@ -19,6 +19,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from deepseek_jax.parallel import xla_flags
 from deepseek_jax.parallel.mesh import MeshSpec, make_mesh
 from deepseek_jax.parallel.topology import Topology
 
@@ -134,10 +135,19 @@ def compile_step(
     jitted: Any = step if hasattr(step, "lower") else jax.jit(step)
     lowered = jitted.lower(*arguments)
   try:
-    compiled = lowered.compile(dict(options) if options else None)
+    compiled = lowered.compile(_options(compiler, options))
   except jax.errors.JaxRuntimeError as error:
     return too_large(error, name, arguments)
   return Compiled(name, memory_of(compiled), compiled.as_text())
+
+
+def _options(
+  compiler: Compiler, options: Mapping[str, str] | None
+) -> dict[str, str] | None:
+  """Returns the options to compile with: those that a job would run with."""
+  if options is None and compiler == "tpu":
+    options = dict.fromkeys(xla_flags.TPU, "true")
+  return dict(options) if options else None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,10 @@ from deepseek_jax.kernels.block_sparse_attention.problem import (
   usable_ids,
 )
 from deepseek_jax.kernels.block_sparse_attention.reference import reference
-from deepseek_jax.kernels.block_sparse_attention.tpu_parts import Tuning
+from deepseek_jax.kernels.block_sparse_attention.tpu_parts import (
+  Tuning,
+  in_turns,
+)
 
 slow = pytest.mark.slow
 BLOCK, TIME, KV_HEADS, CHOICES, SIZE = 16, 96, 2, 2, 16
@@ -155,10 +158,16 @@ def test_padding_sees_nothing_and_gets_no_gradient():
   assert jnp.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("turn", [1, 8])
-def test_no_choices_leave_the_window(turn):
+def test_turns_take_empty_arrays_along():
+  x = jnp.arange(12).reshape(6, 2), jnp.zeros((6, 0))
+  doubled, empty = in_turns(2, lambda tree: (2 * tree[0], tree[1]), x)
+  np.testing.assert_array_equal(doubled, 2 * x[0])
+  assert empty.shape == (6, 0)
+
+
+def test_no_choices_leave_the_window():
   heads, ids = some_heads()
-  tuning = Tuning(rows=16, heads=turn, interpret=True)
+  tuning = Tuning(rows=16, heads=1, interpret=True)
   none = run_heads(tuning, heads, ids[:, :, :0])
   useless = run_heads(tuning, heads, jnp.full_like(ids, -1))
   jax.tree.map(

@@ -120,7 +120,13 @@ def _forward_all(layout, tuning, heads, ids):
   if reason := why_not(layout, tuning, heads):
     raise NotImplementedError(f"{reason}; or use implementation='xla'.")
   one = lambda pair: _forward(layout, tuning, *pair)
-  return in_turns(tuning.heads, one, (heads, ids))
+  return in_turns(_turn(tuning, heads, ids), one, (heads, ids))
+
+
+def _turn(tuning: Tuning, heads: Heads, ids: Array | None) -> int:
+  """Returns how many heads to run at once: all, if there are no tiles."""
+  no_tiles = ids is None or ids.shape[-1] == 0
+  return heads.k.shape[0] if no_tiles else tuning.heads
 
 
 def _attend_fwd(layout, tuning, heads, ids):
@@ -136,7 +142,9 @@ def _attend_bwd(layout, tuning, residuals, cotangents):
   lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # Saw nothing: p is 0.
   above = Above(d_out, lse, delta)
   one = lambda args: _backward(layout, tuning, *args)
-  return in_turns(tuning.heads, one, (heads, plan, above)), None
+  place = None if plan is None else plan.place
+  turn = _turn(tuning, heads, place)
+  return in_turns(turn, one, (heads, plan, above)), None
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
