@@ -13,6 +13,7 @@ from deepseek_jax import nn
 from deepseek_jax.kernels.block_sparse_attention.checks import check_rows
 from deepseek_jax.models import checks
 from deepseek_jax.nn.checks import require_positive
+from deepseek_jax.parallel import BATCH_AXES, constrain
 
 Caches = list[nn.DecodeCache]
 
@@ -260,14 +261,18 @@ class LanguageModel(nnx.Module):
     return model
 
   def _embed(self, tokens):
-    return self.embedding(tokens) * self.scale
+    words = self.embedding.embedding[...].astype(self.embedding.dtype)
+    # Cut over "tensor" alone: rows of a batch lie where the rest was cut.
+    words = constrain(words, "tensor")
+    return _cut(jnp.take(words, tokens, axis=0) * self.scale)
 
   def _logits(self, x):
     x = self.norm(x)
     if self.head is not None:
-      return self.head(x)
+      return _cut(self.head(x), "tensor")
     words = self.embedding.embedding[...].astype(x.dtype)
-    return jnp.matmul(x, words.T, preferred_element_type=jnp.float32)
+    logits = jnp.matmul(x, words.T, preferred_element_type=jnp.float32)
+    return _cut(logits, "tensor")
 
 
 class DecoderLayer(nnx.Module):
@@ -367,4 +372,12 @@ class DecoderLayer(nnx.Module):
 
   def _think(self, x):
     thought = self.feed_forward(self.feed_forward_norm(x))
-    return x + self.dropout(thought)
+    return _cut(x + self.dropout(thought))
+
+
+def _cut(x: Float[Array, "B T D"], *last: str) -> Float[Array, "B T D"]:
+  """Returns `x`, where there is a mesh cut by rows and tokens.
+
+  What is before and behind a pipeline, all of its stages share in.
+  """
+  return constrain(x, (*BATCH_AXES, "stage"), "sequence", *last)

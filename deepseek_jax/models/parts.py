@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from deepseek_jax import nn
 from deepseek_jax.nn import checks
+from deepseek_jax.parallel import BATCH_AXES, constrain
 
 
 class ConvolutionalInput(nnx.Module):
@@ -87,9 +88,9 @@ class ConvolutionalInput(nnx.Module):
     self, images: Float[Array, "B H W C"]
   ) -> tuple[Float[Array, "B T D"], None]:
     """Returns the tokens, and None for a mask: no step is padding."""
-    x = images.astype(self.dtype)
+    x = constrain(images.astype(self.dtype), BATCH_AXES)
     for stage in self.stages:
-      x = stage(x)
+      x = constrain(stage(x), BATCH_AXES)
     batch, rows, columns, channels = x.shape
     if self.sequence == "rows":
       return x.reshape(batch, rows, columns * channels), None

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from deepseek_jax.nn import checks
 from deepseek_jax.nn.dynamic_layer import DynamicAttention
+from deepseek_jax.parallel import BATCH_AXES, constrain
 
 Attention = Literal["full", "dynamic"]
 
@@ -82,10 +83,15 @@ class MultiHeadAttention(nnx.Module):
   ) -> Float[Array, "B T D"]:
     """Returns what every step has read; `mask` is False at padded steps."""
     heads = (*tokens.shape[:2], self.num_heads, self.head_dim)
+
+    def cut(x, *axes):
+      return constrain(x.reshape(heads), BATCH_AXES, *axes, "tensor")
+
     read = jax.nn.dot_product_attention(
-      self.query(tokens).reshape(heads),
-      self.key(tokens).reshape(heads),
-      self.value(tokens).reshape(heads),
+      cut(self.query(tokens), "sequence"),
+      # Every query reads them all.
+      cut(self.key(tokens), None),
+      cut(self.value(tokens), None),
       mask=None if mask is None else mask[:, None, None, :],
     )
     read = self.out(read.reshape(*tokens.shape[:2], -1))

@@ -24,15 +24,12 @@ from deepseek_jax.nn.decoding import (
   decode_attention,
   decode_full_attention,
 )
-from deepseek_jax.nn.dynamic_attention import (
-  Selection,
-  check_choice,
-  dynamic_attention,
-)
-from deepseek_jax.nn.full_attention import full_attention
+from deepseek_jax.nn.dynamic_attention import Selection, check_choice
 from deepseek_jax.nn.lsh import hash_projections
+from deepseek_jax.nn.mesh_attention import mesh_attention
 from deepseek_jax.nn.rotary import check_rotary, rotate_by_position
 from deepseek_jax.nn.window import LearnedWindow
+from deepseek_jax.parallel import BATCH_AXES, constrain
 
 _NO_CHOICE: Selection = "none"
 
@@ -316,7 +313,11 @@ class DynamicAttention(nnx.Module):
 
   def _heads(self, tokens, positions):
     """Returns queries, keys and values, the former two turned."""
-    cut = lambda x: x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def cut(x):
+      x = x.reshape(*x.shape[:2], -1, self.head_dim)
+      return constrain(x, BATCH_AXES, "sequence", "tensor")
+
     q, k, v = (cut(f(tokens)) for f in (self.query, self.key, self.value))
     if self.rotary_base is None:
       return q, k, v
@@ -333,25 +334,13 @@ class DynamicAttention(nnx.Module):
     rows = lambda x: x if x is None else jnp.broadcast_to(x, q.shape[:3])
     span, offset = map(rows, self._edges())
     projections = self._directions()
-    shared = {
-      "block_size": self.block_size,
-      "window": self.window,
-      "is_causal": self.is_causal,
-      "ramp": self.ramp,
-    }
-
-    def attend(blocks, q, k, v):
-      edges = {"segment_ids": segment_ids, "span": span, "offset": offset}
-      if blocks is None:
-        return full_attention(
-          q, k, v, implementation=self.implementation, **shared, **edges
-        )
-      return dynamic_attention(
-        q, k, v, num_remote=blocks, selection=self.selection,
-        projections=projections, two_level=self.two_level,
-        implementation=self.implementation, **shared, **edges,
-      )  # fmt: skip
-
+    attend = lambda blocks, q, k, v: mesh_attention(
+      q, k, v, num_remote=blocks, selection=self.selection,
+      projections=projections, two_level=self.two_level,
+      segment_ids=segment_ids, span=span, offset=offset,
+      implementation=self.implementation, block_size=self.block_size,
+      window=self.window, is_causal=self.is_causal, ramp=self.ramp,
+    )  # fmt: skip
     return self._at_level(attend, q, k, v, tick=tick)
 
   def _at_level(self, function, *operands, tick: bool = False):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from deepseek_jax.nn import checks
 from deepseek_jax.nn.activations import Activation, activation_layer
 from deepseek_jax.nn.active_units import combine_active, pays
+from deepseek_jax.parallel import BATCH_AXES, constrain
 
 
 class GatedFeedForward(nnx.Module):
@@ -71,8 +72,8 @@ class GatedFeedForward(nnx.Module):
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Returns the tokens' images."""
-    hidden = self.activation(self.gate(x))
-    return self.outward(hidden * self._inward(x))
+    hidden = self.activation(_cut(self.gate(x)))
+    return self.outward(hidden * _cut(self._inward(x)))
 
   def decode(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Returns the same, without a gradient; faster for one sparse token.
@@ -103,3 +104,10 @@ class GatedFeedForward(nnx.Module):
   def _inward(self, x):
     x, rows = x.astype(self.dtype), self.inward[...].astype(self.dtype)
     return jnp.einsum("...d,cd->...c", x, rows)
+
+
+def _cut(hidden: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+  """Returns the units, where there is a mesh cut as their parameters are."""
+  if hidden.ndim != 3:
+    return hidden
+  return constrain(hidden, BATCH_AXES, "sequence", "tensor")

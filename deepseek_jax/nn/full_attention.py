@@ -124,7 +124,8 @@ def _faded_attention(
   block_size, window, is_causal, ramp, q, k, v, segment_ids, span, offset
 ):
   """Returns attention to all keys, those of the window weighted."""
-  weight = _window_weights(block_size, window, span, offset, ramp)
+  time = jnp.arange(q.shape[1])
+  weight = window_weights(time, time, block_size, window, span, offset, ramp)
   bias = jnp.log(jnp.where(weight > 0, weight, 1)).astype(q.dtype)
   mask = weight > 0
   if segment_ids is not None:
@@ -139,14 +140,31 @@ def _faded_attention(
   return jnp.where((segment_ids >= 0)[:, :, None, None], read, 0)
 
 
-def _window_weights(block_size, window, span, offset, ramp):
-  """Returns the weight of every key, 1 outside of the window."""
-  time = jnp.arange(span.shape[1])
-  block = time // block_size
-  behind = jnp.abs(block[:, None] - block[None, :])
+def window_weights(
+  rows: Int[Array, "T"],
+  keys: Int[Array, "S"],
+  block_size: int,
+  window: int,
+  span: Float[Array, "B T N"],
+  offset: Float[Array, "B T N"] | None,
+  ramp: int | float,
+) -> Float[Array, "B N T S"]:
+  """Returns the weight of every key, 1 outside of the window.
+
+  Args:
+    rows: places of tokens in the sequence.
+    keys: places of keys.
+    block_size: as in `full_attention`, and so are all others.
+    window: tokens.
+    span: half width of the window in tokens.
+    offset: distance to the middle of the window.
+    ramp: tokens over which the window fades.
+  """
+  blocks = (rows // block_size)[:, None], (keys // block_size)[None]
+  behind = jnp.abs(blocks[0] - blocks[1])
   faded = (behind > 0) & (behind < window // block_size)
-  rows = lambda x: x.swapaxes(1, 2)[..., None]
-  offset = None if offset is None else rows(offset)
-  distance = (time[:, None] - time[None, :])[None, None]
-  soft = window_weight(distance, rows(span), offset, ramp)
-  return jnp.where(faded, soft, 1)
+  by_head = lambda x: x.swapaxes(1, 2)[..., None]
+  offset = None if offset is None else by_head(offset)
+  distance = (rows[:, None] - keys[None])[None, None]
+  soft = window_weight(distance, by_head(span), offset, ramp)
+  return jnp.where(faded[None, None], soft, 1)

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32
 
 from deepseek_jax.nn import checks
+from deepseek_jax.parallel import BATCH_AXES, constrain
 
 Pooling: TypeAlias = Literal["last", "mean", "max", "attention"]
 
@@ -136,4 +137,4 @@ class ClassificationHead(nnx.Module):
   ) -> Float32[Array, "B classes"]:
     """Returns one row of logits for each sequence."""
     pooled = self.pool(tokens, mask).astype(jnp.float32)
-    return self.linear(self.dropout(pooled))
+    return self.linear(self.dropout(constrain(pooled, BATCH_AXES)))

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32
 
 from deepseek_jax.nn import checks
+from deepseek_jax.parallel import BATCH_AXES, constrain
 
 
 class LSTMState(NamedTuple):
@@ -114,8 +115,10 @@ class LSTM(nnx.Module):
     """
     # The scan wants time first; tokens are smaller to transpose than gates.
     tokens = jnp.swapaxes(tokens, 0, 1).astype(self.dtype)
-    kernel = self.recurrent_kernel[...].astype(self.dtype)
+    # Whole before the scan: a part would have to be fetched at every step.
+    kernel = constrain(self.recurrent_kernel[...].astype(self.dtype))
     gates = tokens @ self.input_kernel[...].astype(self.dtype)
+    gates = constrain(gates, None, BATCH_AXES)
 
     def step(state, step_inputs):
       gates, valid = step_inputs

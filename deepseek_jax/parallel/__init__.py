@@ -7,6 +7,8 @@ from deepseek_jax.parallel.agreement import agree as agree
 from deepseek_jax.parallel.ambient import axis_size as axis_size
 from deepseek_jax.parallel.ambient import batch_axes as batch_axes
 from deepseek_jax.parallel.ambient import constrain as constrain
+from deepseek_jax.parallel.ambient import fitting_axes as fitting_axes
+from deepseek_jax.parallel.ambient import free_axes as free_axes
 from deepseek_jax.parallel.balance import Cut as Cut
 from deepseek_jax.parallel.balance import cut_evenly as cut_evenly
 from deepseek_jax.parallel.balance import cut_layers as cut_layers

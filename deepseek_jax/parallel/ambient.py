@@ -36,11 +36,39 @@ def batch_axes() -> tuple[str, ...]:
   return tuple(name for name in BATCH_AXES if axis_size(name) > 1)
 
 
+def fitting_axes(axes: Axes, size: int) -> tuple[str, ...]:
+  """Returns those of the axes that have more than one device, if they fit.
+
+  >>> fitting_axes(("data", "fsdp"), 8)
+  ()
+
+  Args:
+    axes: What a dimension is to be cut over.
+    size: Of the dimension; if the axes do not divide it, none fits.
+  """
+  if axes is None:
+    return ()
+  axes = (axes,) if isinstance(axes, str) else axes
+  axes = tuple(name for name in axes if axis_size(name) > 1)
+  return axes if size % axis_size(*axes) == 0 else ()
+
+
+def free_axes() -> tuple[str, ...]:
+  """Returns the axes of more than one device that nobody has taken yet.
+
+  Code that the compiler cannot cut, such as a kernel, takes all of them with
+  `jax.shard_map`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(name for name in mesh.axis_names if axis_size(name) > 1)
+
+
 def constrain(x: Array, *dims: Axes) -> Array:
   """Returns `x`, told to lie over the mesh in this way.
 
   An axis that the mesh has not, or that does not divide its dimension, leaves
-  that dimension whole: this says what is wanted, and errors are for rules.
+  that dimension whole: this says what is wanted, and errors are for rules. What
+  is wanted whole is gathered, such as a parameter that is kept in parts.
 
   >>> constrain(jax.numpy.ones((4, 2)), "data", None).shape
   (4, 2)
@@ -50,18 +78,11 @@ def constrain(x: Array, *dims: Axes) -> Array:
     *dims: For each dimension the axis or axes to cut it over; those left out
       are whole.
   """
-  fitting = [_fitting(axes, size) for axes, size in zip(dims, x.shape)]  # noqa: B905
-  if not any(fitting):
+  if not free_axes():
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
-
-
-def _fitting(axes: Axes, size: int) -> tuple[str, ...] | None:
-  if axes is None:
-    return None
-  axes = (axes,) if isinstance(axes, str) else axes
-  axes = tuple(name for name in axes if axis_size(name) > 1)
-  return axes if axes and size % axis_size(*axes) == 0 else None
+  fitting = [fitting_axes(axes, size) for axes, size in zip(dims, x.shape)]  # noqa: B905
+  spec = PartitionSpec(*(axes or None for axes in fitting))
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def _free(mesh: jax.sharding.AbstractMesh) -> set[str]:
