@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from deepseek_jax import parallel
+
 Balance = Literal["bias", "auxiliary", "none"]
 """What sees to it that experts are chosen equally often."""
 
@@ -49,20 +51,25 @@ def balance_loss(
   return counts.size * jnp.sum(busy.astype(jnp.float32) * mean)
 
 
-@jax.custom_vjp
 def with_loss(
   x: Float[Array, "..."], loss: Float32[Array, ""]
 ) -> Float[Array, "..."]:
   """Returns `x` as it is; on the way back, `loss` is part of the loss.
 
   For layers that have no way to the loss. What the loss is finally multiplied
-  with does not reach it: where gradients of several micro-batches are summed to
-  that of a mean, divide it by their number.
+  with does not reach it. In a pipeline it is that of a micro-batch, and divided
+  by their number, see `parallel.batch_parts`. Where gradients of several
+  micro-batches are summed by other means, call it within `parallel.cut_batch`.
 
   >>> x = jnp.array([2.0, 3.0])
   >>> print(jax.grad(lambda x: 3 * with_loss(x, (x**2).sum()).sum())(x))
   [7. 9.]
   """
+  return _with_loss(x, loss / parallel.batch_parts())
+
+
+@jax.custom_vjp
+def _with_loss(x, loss):
   del loss
   return x
 
@@ -75,4 +82,4 @@ def _with_loss_backward(one, grad):
   return grad, one
 
 
-with_loss.defvjp(_with_loss_forward, _with_loss_backward)
+_with_loss.defvjp(_with_loss_forward, _with_loss_backward)

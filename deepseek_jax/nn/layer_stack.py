@@ -41,8 +41,8 @@ class LayerStack(nnx.Module):
     remat: whether to keep of each layer only its input and to recompute the
       rest on the way back: less memory for about a third more time. "dots"
       keeps the results of matrix products with parameters too, which leaves
-      little to recompute. A pipeline keeps the input of each period in either,
-      or with repeats of each group of them.
+      little to recompute. A pipeline keeps the input of each period for that of
+      each layer, and with repeats of each group of them.
     period: layers after which kinds repeat; divides their number. For `scan`.
     microbatches: parts that a scan takes the rows in, a multiple of the stages.
       None for one, and in a pipeline for four a stage where rows allow.
@@ -173,7 +173,7 @@ class LayerStack(nnx.Module):
       state=moving,
       microbatches=self.microbatches,
       repeats=self.repeats,
-      remat=bool(self.remat),
+      remat=self.remat,
     )
     for call, rest in zip(calls, left, strict=True):
       call.keep(rest)

@@ -48,7 +48,7 @@ def pipeline(
   state: PyTree = (),
   microbatches: int | None = None,
   repeats: int = 1,
-  remat: bool = False,
+  remat: bool | str = False,
 ) -> tuple[PyTree, PyTree]:
   """Applies equal layers in turn, cut over the mesh's axis "stage".
 
@@ -87,8 +87,9 @@ def pipeline(
     repeats: R, groups of layers that a stage holds. More make the bubble
       smaller and the traffic between stages larger: R times.
     remat: whether to keep for the way back only what enters a layer, or with
-      repeats a group of layers, and to recompute the rest. Without, repeats
-      keep copies of parameters for every visit.
+      repeats a group of layers, and to recompute the rest; "dots" keeps the
+      results of products with parameters too. Without, repeats keep copies of
+      parameters for every visit.
 
   Returns:
     What the last layer gives, for all rows, and the new state.

@@ -17,7 +17,7 @@ from deepseek_jax.parallel.schedule import Schedule, Visit
 def run_stage(
   schedule: Schedule,
   layer: Callable[..., tuple[PyTree, PyTree]],
-  remat: bool,
+  remat: bool | str,
   number: Int[Array, "1"],
   params: PyTree,
   state: PyTree,
@@ -29,7 +29,7 @@ def run_stage(
   Args:
     schedule: what to do when.
     layer: (params, state, x, own, whole) -> (x, state).
-    remat: whether to recompute on the way back.
+    remat: what to recompute on the way back, see `pipeline`.
     number: of this stage.
     params: of its layers.
     state: of its layers.
@@ -61,7 +61,12 @@ class _Stage:
     self.params, self.structure = jax.tree.flatten(params)
     self.purse = [v if _is_real(v) else None for v in self.params]
     self.whole = whole
-    forget = functools.partial(jax.checkpoint, prevent_cse=False)
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    forget = functools.partial(
+      jax.checkpoint,
+      prevent_cse=False,
+      policy=keep if remat == "dots" else None,
+    )
     self.layer = layer
     self.run = self.visit
     if remat and schedule.repeats == 1:

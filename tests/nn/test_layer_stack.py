@@ -286,6 +286,13 @@ def stepped(stack, run, x, shift, mesh=None):
     return jax.jit(step)(*args)
 
 
+def one_after_the_other(stack, x, *shared):
+  """Calls a stack for four parts of the rows, which make one batch."""
+  with parallel.cut_batch(4):
+    parts = [stack(x[m::4], *shared) for m in range(4)]
+  return jnp.stack(parts, 1).reshape(x.shape)
+
+
 def by_layer(stack, found):
   """Gradients and state as a loop would have them, of a stack of any kind."""
   (_, (y, rest)), grads = found
@@ -309,11 +316,6 @@ def test_a_pipeline_calls_layers_for_one_microbatch_after_the_other(how):
   """The same numbers on any mesh, of random numbers and thresholds too."""
   x, shift, period = normal(8, FEATURES), normal(1, FEATURES), how.get("period")
   period = period or 1
-
-  def one_after_the_other(stack, x, shift):
-    parts = [stack(x[m::4], shift) for m in range(4)]
-    return jnp.stack(parts, 1).reshape(x.shape)
-
   loop = nn.LayerStack(layers(period), period=period)
   expected = stepped(loop, one_after_the_other, x, shift)
   stack = nn.LayerStack(layers(period), scan=True, microbatches=4, **how)
@@ -349,6 +351,26 @@ def test_pressure_in_a_pipeline_is_that_of_the_whole_batch():
   without = by_layer(plain, stepped(plain, run, x, x))
   with pytest.raises(AssertionError):
     assert_close(without[:2], expected[:2])
+
+
+@slow
+def test_experts_may_be_cut_over_devices_in_a_pipeline():
+  def layer(seed):
+    return nn.MixtureOfExperts(
+      FEATURES, 4, 4, balance="auxiliary", auxiliary_weight=3.0,
+      rngs=nnx.Rngs(seed),
+    )  # fmt: skip
+
+  x = normal(16, 3, FEATURES)
+  loop, stack = (
+    nn.LayerStack([layer(i) for i in range(2)], **how)
+    for how in ({}, {"scan": True, "microbatches": 4})
+  )
+  run = lambda call: lambda stack, x, shift: call(stack, x)
+  expected = stepped(loop, run(one_after_the_other), x, x)
+  mesh = parallel.make_mesh(parallel.MeshSpec(stage=2, data=2, expert=2))
+  found = stepped(stack, run(lambda stack, x: stack(x)), x, x, mesh)
+  assert_close(by_layer(stack, found), by_layer(loop, expected))
 
 
 def test_in_evaluation_a_pipeline_writes_nothing():

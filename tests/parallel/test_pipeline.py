@@ -1,7 +1,6 @@
 """Laws of pipelines: they are their layers in turn, on any mesh."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,46 +8,21 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from stacks import (
+  FEATURES,
+  LAYERS,
+  ROWS,
+  arguments,
+  compiled,
+  layer,
+  make_mesh,
+  normal,
+  placed,
+)
 
 from deepseek_jax import parallel
 
-ROWS, TIME, FEATURES, HIDDEN, LAYERS = 16, 2, 8, 4, 4
-MESHES = {
-  "one device": {"data": 1},
-  "stage 2, data 2, tensor 2": {"stage": 2, "data": 2, "tensor": 2},
-  "stage 4, fsdp 2": {"stage": 4, "data": 1, "fsdp": 2},
-  "stage 2, replica 2, sequence 2": {
-    "stage": 2, "data": 1, "replica": 2, "sequence": 2,
-  },
-}  # fmt: skip
 slow = pytest.mark.slow
-
-
-def make_mesh(name):
-  sizes = MESHES[name]
-  count = 1 if name == "one device" else 8
-  spec = parallel.MeshSpec(**sizes)
-  return parallel.make_mesh(spec, jax.devices()[:count])
-
-
-def normal(*shape, seed=0, scale=1.0):
-  rng = np.random.default_rng([seed, *shape])
-  return (scale * rng.normal(size=shape)).astype(np.float32)
-
-
-def arguments():
-  """Parameters by layer, activations, an array of rows, and one without."""
-  params = {
-    "inward": normal(LAYERS, FEATURES, HIDDEN, scale=0.4),
-    "outward": normal(LAYERS, HIDDEN, FEATURES, scale=0.4),
-  }
-  x = normal(ROWS, TIME, FEATURES)
-  return params, x, normal(ROWS, 1, 1, seed=1), normal(1, 1, FEATURES)
-
-
-def layer(params, state, x, factor, shift):
-  y = jnp.tanh(x @ params["inward"]) @ params["outward"]
-  return x + factor * y + shift, state
 
 
 def in_turn(params, x, *shared):
@@ -65,17 +39,6 @@ def loss_of(run):
 @functools.cache
 def expected():
   return jax.jit(in_turn)(*arguments()), jax.jit(loss_of(in_turn))(*arguments())
-
-
-def placed(mesh, params, x, factor, shift):
-  """The same, as a trainer lays it over the mesh."""
-  put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))
-  params = {
-    "inward": put(params["inward"], "stage", "fsdp", "tensor"),
-    "outward": put(params["outward"], "stage", "tensor", "fsdp"),
-  }
-  rows = parallel.BATCH_AXES
-  return params, put(x, rows, "sequence"), put(factor, rows), put(shift)
 
 
 def stored(params, repeats):
@@ -97,11 +60,6 @@ def assert_close(found, wanted, rtol=1e-5):
   jax.tree.map(check, found, wanted)
 
 
-def compiled(mesh, function, *args):
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    return jax.jit(function).lower(*args).compile()
-
-
 @pytest.mark.parametrize(
   ("name", "repeats", "remat"),
   [
@@ -109,7 +67,7 @@ def compiled(mesh, function, *args):
     ("stage 2, data 2, tensor 2", 2, True),
     pytest.param("one device", 2, True, marks=slow),
     pytest.param("stage 4, fsdp 2", 1, True, marks=slow),
-    pytest.param("stage 2, replica 2, sequence 2", 2, False, marks=slow),
+    pytest.param("stage 2, replica 2, sequence 2", 2, "dots", marks=slow),
   ],
 )
 def test_a_pipeline_is_its_layers_in_turn(name, repeats, remat):
@@ -222,61 +180,6 @@ def test_state_goes_on_from_microbatch_to_microbatch(name, repeats):
   assert_close(plain(found), plain(wanted))
 
 
-def ticks_of(jaxpr):
-  """Lengths of the outermost loops of a program."""
-  found = []
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "scan":
-      found.append(equation.params["length"])
-      continue
-    for inner in jax.tree.leaves(
-      list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-    ):
-      inner = getattr(inner, "jaxpr", inner)
-      if hasattr(inner, "eqns"):
-        found += ticks_of(inner)
-  return found
-
-
-@pytest.mark.parametrize(
-  ("name", "microbatches", "repeats"),
-  [
-    ("stage 4, fsdp 2", 8, 2),
-    pytest.param("stage 4, fsdp 2", 4, 1, marks=slow),
-    pytest.param("stage 2, data 2, tensor 2", 8, 1, marks=slow),
-  ],
-)
-def test_the_bubble_is_measured_in_what_is_compiled(
-  name, microbatches, repeats
-):
-  """Ticks from the compiled loop, and visits that counted from the layers."""
-  mesh = make_mesh(name)
-  count = lambda params, visits, x: (x * params, visits + 1)
-
-  def run(params, visits, x):
-    return parallel.pipeline(
-      count, params, x, state=visits, microbatches=microbatches,
-      repeats=repeats,
-    )  # fmt: skip
-
-  args = jnp.ones(16), jnp.zeros(16, jnp.int32), jnp.ones((ROWS, 4))
-  args = jax.device_put(args, NamedSharding(mesh, P()))
-  program = compiled(mesh, run, *args)
-  visits = program(*args)[1]
-  # One number a layer; the layers of a group make their visits together.
-  stages = mesh.shape["stage"]
-  groups = np.asarray(visits).reshape(stages, -1, repeats)
-  assert (groups == groups[:, :1]).all()
-  counted = groups[:, 0].sum(1)
-  loops = re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', program.as_text())
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    (ticks,) = ticks_of(jax.make_jaxpr(run)(*args).jaxpr)
-  assert str(ticks) in loops
-  assert ticks == max(map(int, loops))
-  expected = parallel.bubble(stages, microbatches, repeats)
-  np.testing.assert_allclose(1 - counted / ticks, expected, rtol=1e-12)
-
-
 @jax.custom_vjp
 def pulled(x):
   """Gives `x`, and adds to its gradient what no loss asked for."""
@@ -313,75 +216,6 @@ def test_stages_that_wait_leave_no_trace_in_gradients():
   wanted = jax.jit(loss(in_turn))(*args)
   args = jax.device_put(args, NamedSharding(mesh, P()))
   assert_close(compiled(mesh, loss(piped), *args)(*args), wanted)
-
-
-def kept(**how):
-  """Shapes of what is kept for the way back, on two stages."""
-  mesh = make_mesh("stage 2, data 2, tensor 2")
-  params, x, factor, shift = arguments()
-  run = lambda params, x: parallel.pipeline(
-    layer, params, x, factor, shift, microbatches=4, **how
-  )[0]
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    back = jax.eval_shape(lambda *a: jax.vjp(run, *a)[1], params, x)
-  return [leaf.shape for leaf in jax.tree.leaves(back)]
-
-
-def elements(shapes, ends):
-  """Numbers in arrays whose shapes end so."""
-  fits = [shape for shape in shapes if shape[-len(ends) :] == ends]
-  return sum(map(np.prod, fits))
-
-
-@pytest.mark.parametrize("remat", [False, True])
-def test_parameters_are_kept_once_and_not_for_every_tick(remat):
-  shapes = kept(remat=remat)
-  for ends in ((FEATURES, HIDDEN), (HIDDEN, FEATURES)):
-    assert elements(shapes, ends) <= LAYERS * FEATURES * HIDDEN
-
-
-def test_remat_keeps_nothing_but_what_enters():
-  rows, stages, layers = ROWS // 4, 2, LAYERS // 2
-  a_tick = stages * rows * TIME * FEATURES
-  # What enters each layer in each of five ticks; with two groups, what enters
-  # each group in each of nine.
-  entering = elements(kept(remat=True), (TIME, FEATURES))
-  assert entering <= 5 * layers * a_tick
-  twice = kept(remat=True, repeats=2)
-  assert elements(twice, (TIME, FEATURES)) <= 9 * a_tick
-  assert elements(twice, (FEATURES, HIDDEN)) <= LAYERS * FEATURES * HIDDEN
-  for shapes in (kept(remat=True), twice):
-    assert elements(shapes, (TIME, HIDDEN)) == 0
-  assert elements(kept(), (TIME, HIDDEN)) > 0
-
-
-def test_stages_exchange_microbatches_and_nothing_else():
-  """No device gathers rows or parameters of another."""
-  mesh = parallel.make_mesh(parallel.MeshSpec(stage=4, data=2))
-  params, x, factor, shift = arguments()
-
-  def step(params, x):
-    run = lambda params, x: parallel.pipeline(
-      layer, params, x, factor, shift, microbatches=8
-    )[0]
-    return jax.grad(lambda *a: jnp.square(run(*a)).sum(), argnums=(0, 1))(
-      params, x
-    )
-
-  args = placed(mesh, params, x, factor, shift)[:2]
-  text = compiled(mesh, step, *args).as_text()
-  moved = re.findall(
-    r"= (.*?) (all-gather|all-to-all|reduce-scatter|all-reduce"
-    r"|collective-permute)(?:-start)?\(", text
-  )  # fmt: skip
-  kinds = {kind for _, kind in moved}
-  assert kinds == {"collective-permute", "all-reduce"}
-  a_microbatch = ROWS // 8 // 2 * TIME * FEATURES
-  for shape, kind in moved:
-    if kind == "collective-permute":
-      sizes = re.findall(r"\[([\d,]*)\]", shape)
-      for size in sizes:
-        assert np.prod([int(n) for n in size.split(",")]) <= a_microbatch
 
 
 def test_bfloat16_compiles_and_runs_on_cpus():
