@@ -2,7 +2,8 @@
 
 XLA reads them when the first device is touched, and dies of one that it does
 not know: those below were accepted by jaxlib 0.10.2 and 0.12.0.1, and by
-libtpu 0.0.42.1. A flag that the user has set, to whatever value, is left alone.
+libtpu 0.0.42.1 and 0.0.50.1. A flag that the user has set, to whatever value,
+is left alone.
 
 References:
   OpenXLA, "XLA:GPU optimization levels", 2025.
@@ -45,15 +46,6 @@ TPU: Mapping[str, str] = MappingProxyType(
     "xla_tpu_enable_latency_hiding_scheduler": (
       "starts a collective early and waits for it late"
     ),
-    "xla_tpu_enable_async_collective_fusion": (
-      "lets a matrix product carry a collective along"
-    ),
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": (
-      "the same for the all-gathers of fsdp"
-    ),
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": (
-      "spreads one collective over several matrix products"
-    ),
     "xla_tpu_overlap_compute_collective_tc": (
       "computes while the network's engine moves bytes"
     ),
@@ -66,7 +58,12 @@ TPU: Mapping[str, str] = MappingProxyType(
     ),
   }
 )
-"""Flags of `LIBTPU_INIT_ARGS`, all set to true, and why."""
+"""Flags of `LIBTPU_INIT_ARGS`, all set to true, and why.
+
+Whether products carry all-gathers along is the compiler's choice: told to (by
+`xla_tpu_enable_async_collective_fusion` and its kin), libtpu 0.0.50.1 refuses
+to compile for any chip but v5e.
+"""
 
 _TABLES = {"gpu": ("XLA_FLAGS", GPU), "tpu": ("LIBTPU_INIT_ARGS", TPU)}
 _PLUGINS = {
