@@ -5,11 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32
 
+from deepseek_jax import parallel
 from deepseek_jax.nn import checks
-from deepseek_jax.parallel import BATCH_AXES, constrain
 
 
 class LSTMState(NamedTuple):
@@ -115,14 +116,41 @@ class LSTM(nnx.Module):
     """
     # The scan wants time first; tokens are smaller to transpose than gates.
     tokens = jnp.swapaxes(tokens, 0, 1).astype(self.dtype)
-    # Whole before the scan: a part would have to be fetched at every step.
-    kernel = constrain(self.recurrent_kernel[...].astype(self.dtype))
     gates = tokens @ self.input_kernel[...].astype(self.dtype)
-    gates = constrain(gates, None, BATCH_AXES)
+    if mask is not None:
+      mask = jnp.swapaxes(mask, 0, 1)[..., None]
+    if state is None:
+      state = self.initial_state(tokens.shape[1])
+    weights = self.recurrent_kernel[...], self.bias[...]
+    state, outputs = self._by_rows(weights, gates, mask, state)
+    return jnp.swapaxes(outputs, 0, 1), state
+
+  def _by_rows(self, weights, gates, mask, state):
+    """Scans, each device of a mesh its own rows.
+
+    Left to the compiler, the devices would exchange parts of the weights, and
+    sum their gradients, at every step of the scan.
+    """
+    axes = parallel.fitting_axes(parallel.BATCH_AXES, gates.shape[1])
+    if not axes:
+      return self._scan(weights, gates, mask, state)
+    rows, steps = PartitionSpec(axes), PartitionSpec(None, axes)
+    return jax.shard_map(
+      self._scan,
+      in_specs=(PartitionSpec(), steps, steps, rows),
+      out_specs=(rows, steps),
+      axis_names=set(parallel.free_axes()),
+      # Else gradients are summed where rows meet weights: in the scan.
+      check_vma=False,
+    )(weights, gates, mask, state)
+
+  def _scan(self, weights, gates, mask, state):
+    kernel, bias = weights
+    kernel = kernel.astype(self.dtype)
 
     def step(state, step_inputs):
       gates, valid = step_inputs
-      gates = gates.astype(jnp.float32) + self.bias[...][None]
+      gates = gates.astype(jnp.float32) + bias[None]
       gates += jnp.matmul(
         state.hidden, kernel, preferred_element_type=jnp.float32
       )
@@ -134,16 +162,9 @@ class LSTM(nnx.Module):
       )
       return new_state, jnp.where(valid, new_state.hidden, 0)
 
-    if mask is not None:
-      mask = jnp.swapaxes(mask, 0, 1)[..., None]
-    state, outputs = jax.lax.scan(
-      step,
-      self.initial_state(tokens.shape[1]) if state is None else state,
-      (gates, mask),
-      reverse=self.reverse,
-      unroll=self.unroll,
+    return jax.lax.scan(
+      step, state, (gates, mask), reverse=self.reverse, unroll=self.unroll
     )
-    return jnp.swapaxes(outputs, 0, 1), state
 
   def initial_state(self, batch: int) -> LSTMState:
     """Returns the state before the first step: zeros."""

@@ -68,8 +68,20 @@ def test_memory_is_that_of_the_state_that_is_made():
   assert found.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-def test_data_parallelism_sends_the_gradient_once():
-  found = plan.Plan.of(experiment()).dry_run(jax.devices())
+def recurrent():
+  """Weights that are met at every step of a scan."""
+  return dj.train.Experiment(
+    data=dj.train.Data(batch_size=16),
+    model=dj.train.Classifier(channels=(8,), lstm_features=8, num_heads=2),
+    optimizer=dj.train.Optimizer(name="adamw"),
+  )
+
+
+@pytest.mark.parametrize(
+  "make", [experiment, pytest.param(recurrent, marks=pytest.mark.slow)]
+)
+def test_data_parallelism_sends_the_gradient_once(make):
+  found = plan.Plan.of(make()).dry_run(jax.devices())
   assert found.sent.keys() == {"all-reduce"}
   # 7/8 of it out, 7/8 back; beside it a few sums of losses and weights.
   gradient = 2 * 7 / 8 * 4 * found.parameters
