@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int, Integer
 from deepseek_jax import nn
 from deepseek_jax.kernels.block_sparse_attention.checks import check_rows
 from deepseek_jax.models import checks
+from deepseek_jax.models.feed_forward import feed_forward
 from deepseek_jax.nn.checks import require_positive
 from deepseek_jax.parallel import BATCH_AXES, constrain
 
@@ -42,11 +43,16 @@ class LanguageModel(nnx.Module):
     num_kv_heads: heads of keys and values, which divides `num_heads`; the same
       number if None.
     head_dim: size of a head, even; `features // num_heads` if None.
-    hidden: units of the feed-forward; 8/3 of `features`, in whole eights, if
-      None.
+    hidden: units of the feed-forward, or of each expert; 8/3 of `features`, in
+      whole eights, if None.
     activation: of the feed-forward: a name in `nn.ACTIVATIONS` or
       `nn.SPARSE_ACTIVATIONS`, or a function.
     activation_options: arguments of a sparse activation.
+    experts: feed-forwards that the tokens of a layer choose among, in all
+      layers; 0 for one that all go through. See `nn.MixtureOfExperts`, also for
+      the names of its parameters, `layers/layers/<i>/feed_forward/...`, and
+      `nn.expert_loads` for how busy they are.
+    experts_options: its arguments, in JSON's types, such as {"top_k": 2}.
     attention: "full" or "dynamic"; or one for each layer of a pattern, such as
       ("dynamic", "dynamic", "full"), which repeats.
     attention_options: arguments of `nn.DynamicAttention` for the dynamic
@@ -88,6 +94,8 @@ class LanguageModel(nnx.Module):
     hidden: int | None = None,
     activation: str | nn.Activation = "silu",
     activation_options: Mapping[str, Any] | None = None,
+    experts: int = 0,
+    experts_options: Mapping[str, Any] | None = None,
     attention: nn.Attention | Sequence[nn.Attention] = "full",
     attention_options: Mapping[str, Any] | None = None,
     rotary_base: int | float = 10_000.0,
@@ -123,6 +131,8 @@ class LanguageModel(nnx.Module):
         hidden=8 * math.ceil(features / 3) if hidden is None else hidden,
         activation=activation,
         activation_options=activation_options,
+        experts=experts,
+        experts_options=experts_options,
         attention=kind,
         attention_options=attention_options if kind == "dynamic" else None,
         rotary_base=rotary_base,
@@ -290,6 +300,8 @@ class DecoderLayer(nnx.Module):
     head_dim: size of a head.
     activation: of the feed-forward.
     activation_options: its arguments.
+    experts: how many feed-forwards tokens choose among; 0 for one.
+    experts_options: arguments of `nn.MixtureOfExperts`.
     attention: "full" or "dynamic".
     attention_options: arguments of `nn.DynamicAttention`.
     rotary_base: at least 1.
@@ -308,6 +320,8 @@ class DecoderLayer(nnx.Module):
     head_dim: int | None = None,
     activation: str | nn.Activation = "silu",
     activation_options: Mapping[str, Any] | None = None,
+    experts: int = 0,
+    experts_options: Mapping[str, Any] | None = None,
     attention: nn.Attention = "full",
     attention_options: Mapping[str, Any] | None = None,
     rotary_base: int | float = 10_000.0,
@@ -333,11 +347,13 @@ class DecoderLayer(nnx.Module):
       **options,
     )
     self.feed_forward_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
-    self.feed_forward = nn.GatedFeedForward(
+    self.feed_forward = feed_forward(
       features,
       hidden,
       activation=activation,
       activation_options=activation_options,
+      experts=experts,
+      experts_options=experts_options,
       dtype=dtype,
       rngs=rngs,
     )

@@ -33,6 +33,13 @@ _NORMS: Rules = ((r"(.*/)?(norm|\w+_norm)/(scale|bias|mean|var)", _fit()),)
 
 _FEED_FORWARD = r".*/feed_forward(/shared)?"
 
+_EXPERTS: Rules = (
+  (r".*/feed_forward/experts/(gate|up)", _fit("expert", "fsdp", "tensor")),
+  (r".*/feed_forward/experts/down", _fit("expert", "tensor", "fsdp")),
+  # Every device scores all experts for its own tokens.
+  (r".*/feed_forward/(router/kernel|bias|reading/.*)", _fit()),
+)
+
 LANGUAGE_MODEL: Rules = (
   (r"embedding/embedding", _fit("tensor", "fsdp")),
   (r"head/kernel", _fit("fsdp", "tensor")),
@@ -41,6 +48,7 @@ LANGUAGE_MODEL: Rules = (
   (rf"{_FEED_FORWARD}/gate/kernel", _fit("fsdp", "tensor")),
   # Both have a row for each unit.
   (rf"{_FEED_FORWARD}/(inward|outward/kernel)", _fit("tensor", "fsdp")),
+  *_EXPERTS,
   # Thresholds, and what they count: a scalar, or a number for each unit.
   (rf"{_FEED_FORWARD}/activation/.*", _fit()),
   *_RANDOM,

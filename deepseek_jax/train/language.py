@@ -24,6 +24,15 @@ from deepseek_jax.train.result import Result
 
 TEXT_FILE = "text.json"
 
+# Fields that are options of a part, and what they are called there.
+_OF_DYNAMIC = {name: name for name in ("block_size", "window", "num_remote")}
+_OF_EXPERTS = {
+  "top_k": "top_k",
+  "shared_experts": "num_shared",
+  "balance": "balance",
+  "capacity_factor": "capacity_factor",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
@@ -72,12 +81,22 @@ class LanguageModel:
   num_kv_heads: int | None = None
   # Size of a head; the features shared among the heads when None.
   head_dim: int | None = None
-  # Units of the feed-forward; 8/3 of the features when None.
+  # Units of the feed-forward or of each expert; 8/3 of the features when None.
   hidden: int | None = None
   # Activation of the feed-forward, as "silu" or "target_sparse_relu".
   activation: str = "silu"
   # Zeros that "target_sparse_relu" holds, in (0, 1); of it alone.
   sparsity: float | None = None
+  # Feed-forwards that the tokens of a layer choose among; 0 for a single one.
+  experts: int = 0
+  # Experts of a token; of experts alone, their own default when None.
+  top_k: int | None = None
+  # Experts that every token goes through besides; likewise.
+  shared_experts: int | None = None
+  # What keeps them equally busy; likewise.
+  balance: Literal["bias", "auxiliary", "none"] | None = None
+  # Room at an expert on a mesh, in equal shares; nothing is dropped when None.
+  capacity_factor: float | None = None
   # One kind, or one for each layer of a pattern that repeats.
   attention: tuple[Literal["full", "dynamic"], ...] = ("full",)
   # Keys in a block; of "dynamic" alone, its own default when None.
@@ -116,17 +135,26 @@ class LanguageModel:
     arguments["dtype"] = jnp.dtype(self.dtype)
     if (sparsity := arguments.pop("sparsity")) is not None:
       arguments["activation_options"] = {"sparsity": sparsity}
-    arguments["attention_options"] = {
-      name: value
-      for name in ("block_size", "window", "num_remote")
+    given = lambda names: {
+      option: value
+      for name, option in names.items()
       if (value := arguments.pop(name)) is not None
     }
+    arguments["attention_options"] = given(_OF_DYNAMIC)
+    arguments["experts_options"] = given(_OF_EXPERTS)
     return models.LanguageModel(
       tokenizer.vocab_size,
       **arguments,
       separator=tokenizer.separator,
       rngs=rngs,
     )
+
+  @property
+  def stacked(self) -> tuple[tuple[str, int], ...]:
+    """Rules for the axes of parameters that count layers and experts."""
+    layers = int(self.scan)
+    experts = ((r"layers/.*/experts/\w+", layers + 1),) if self.experts else ()
+    return experts + ((("layers/.*", 1),) if layers else ())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,11 +184,10 @@ class LanguageExperiment(Experiment):
   samples: Samples = Samples()
 
   def build_optimizer(self, total_steps: int) -> optax.GradientTransformation:
-    """Returns the transform; it knows which axes count layers of a scan."""
+    """Returns the transform; it knows which axes count layers or experts."""
     optimizer = self.optimizer
-    if self.model.scan and not optimizer.stacked:
-      stacked = (("layers/.*", 1),)
-      optimizer = dataclasses.replace(optimizer, stacked=stacked)
+    if not optimizer.stacked:
+      optimizer = dataclasses.replace(optimizer, stacked=self.model.stacked)
     return optimizer.build(total_steps)
 
   def model_flops(self, schema: data_lib.Schema) -> float:

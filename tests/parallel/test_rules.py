@@ -48,6 +48,12 @@ MODELS = {
     parallel.LANGUAGE_MODEL,
     lambda: _language(tied=False, scan=True, dropout=0.1),
   ),
+  "experts": (
+    parallel.LANGUAGE_MODEL,
+    lambda: _language(
+      experts=4, experts_options={"num_shared": 1}, scan=True, hidden=8
+    ),
+  ),
   "dynamic": (
     parallel.LANGUAGE_MODEL,
     lambda: _language(**_dynamic(learn_window=True, schedule=_SCHEDULE)),
@@ -121,6 +127,17 @@ def test_a_block_reads_by_columns_and_writes_by_rows(states):
   assert found["embedding"]["embedding"] == P("tensor", "fsdp")
   assert found["head"]["kernel"] == P("fsdp", "tensor")
   assert found["norm"]["scale"] == P()
+
+
+def test_experts_are_cut_from_each_other_and_within(states):
+  mesh = AbstractMesh((2,) * 4, ("stage", "fsdp", "expert", "tensor"))
+  found = parallel.specs(states["experts"][0], parallel.LANGUAGE_MODEL, mesh)
+  forward = found["layers"]["layers"][0]["feed_forward"]
+  for name in ("gate", "up"):
+    assert forward["experts"][name] == P("stage", "expert", "fsdp", "tensor")
+  assert forward["experts"]["down"] == P("stage", "expert", "tensor", "fsdp")
+  assert forward["router"]["kernel"] == P("stage")
+  assert forward["shared"]["inward"] == P("stage", "tensor", "fsdp")
 
 
 def test_on_one_device_everything_is_whole(states):

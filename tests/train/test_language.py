@@ -165,7 +165,8 @@ def test_every_field_of_the_model_reaches_it():
     features=32, num_layers=6, num_heads=8, num_kv_heads=2, head_dim=16,
     hidden=40, activation="gelu", sparsity=0.8, attention=("dynamic", "full"),
     block_size=32, window=128, num_remote=2, tied=False, dropout=0.1, scan=True,
-    remat=True, dtype="bfloat16",
+    remat=True, dtype="bfloat16", experts=4, top_k=1, shared_experts=1,
+    balance="auxiliary", capacity_factor=1.5, microbatches=2, repeats=2,
   )  # fmt: skip
   one = dj.data.from_texts(["ab"], ["ab"], ["ab"], length=2).schema
 
@@ -178,6 +179,10 @@ def test_every_field_of_the_model_reaches_it():
     ("block_size", "window", "num_remote"),
     dataclasses.replace(default, attention=("dynamic",)),
   )
+  of_experts = ("top_k", "shared_experts", "balance", "capacity_factor")
+  of_scan = ("microbatches", "repeats")
+  bases |= dict.fromkeys(of_scan, dataclasses.replace(default, scan=True))
+  bases |= dict.fromkeys(of_experts, dataclasses.replace(default, experts=4))
   bases["sparsity"] = dataclasses.replace(
     default, activation="target_sparse_relu"
   )
@@ -207,6 +212,28 @@ def test_a_scanned_model_trains_with_its_layers_whitened_one_by_one(data_dir):
   )
   assert plain.build_optimizer(10) is not None
   assert plain.optimizer.stacked == ()
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_experts_are_whitened_one_by_one(scan):
+  experiment = dj.train.LanguageExperiment(
+    model=dj.train.LanguageModel(
+      features=8, hidden=6, num_layers=2, scan=scan, experts=4
+    )
+  )
+  schema = dj.data.from_texts(["ab"], ["ab"], ["ab"], length=2).schema
+
+  def step():
+    model = experiment.build_model(schema)
+    params = nnx.to_pure_dict(nnx.as_pure(nnx.state(model, nnx.Param)))
+    tx = experiment.build_optimizer(10)
+    return tx.update(params, tx.init(params), params, value=jnp.float32(1))
+
+  _, state = jax.eval_shape(step)
+  # Bases of eight features and of six units, for each expert of each layer.
+  shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
+  count = 8 if scan else 4
+  assert {(count, 8, 8), (count, 6, 6)} <= shapes
 
 
 @pytest.mark.slow
