@@ -1,5 +1,6 @@
 """The watchdog's thread: it listens, judges and ends the process."""
 
+import atexit
 import dataclasses
 import threading
 import time
@@ -114,6 +115,8 @@ class Watcher:
     # A thread inside JAX's client while the interpreter ends would crash it.
     self._exchange.stop()
     leave_at_exit()
+    # Nor can Python be called from there when there is no interpreter.
+    atexit.register(self._abort.restore)
     last_words.end_later(_LAST)
 
   def _stop(self) -> None:
