@@ -56,9 +56,10 @@ class Watcher:
     self._rank, self._address = processes.index, processes.coordinator
     self._seconds = limits.seconds
     self._tick = min(1.0, limits.seconds / 20)
-    # A process that only stutters, as one that swaps, is not dead.
+    # A process that swaps, or keeps the GIL for a while, is not dead. Of one
+    # that is, JAX itself knows after `heartbeat_seconds`.
     self._bounds = Bounds(
-      silent=min(limits.seconds, 60.0),
+      silent=min(limits.seconds, 120.0),
       quick=max(3.0, 6 * self._tick),
       never=limits.start_seconds,
     )
