@@ -5,6 +5,7 @@ they arrive while every device is stuck in a collective.
 """
 
 import atexit
+import ctypes
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,6 @@ from typing import Any
 import jax
 
 _SEPARATOR = "/"
-_kept: list[Any] = []  # Until the very end: what destroys them may block.
 
 
 class StartError(RuntimeError):
@@ -86,8 +86,10 @@ def leave_at_exit() -> None:
 
   def leave() -> None:
     state = distributed.global_state
-    _kept.append((state.client, state.service))
-    state.client = state.service = None
+    for kept in (state.preemption_sync_manager, state.client, state.service):
+      # What destroys them waits as well: they stay until the process is gone.
+      ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    state.preemption_sync_manager = state.client = state.service = None
 
   atexit.register(leave)  # Before JAX's: the last registered goes first.
 

@@ -8,8 +8,6 @@ VARIABLE = "DEEPSEEK_JAX_TETHER"
 """Environment variable with the number of a pipe's end that the parent holds
 open at the other side and never writes to."""
 
-_tied = threading.Event()
-
 
 def tie() -> None:
   """Ends this process and its process group when the parent is gone.
@@ -17,12 +15,12 @@ def tie() -> None:
   Does nothing unless `launch` started this process. A pipe tells it: the kernel
   closes the parent's end whatever ended it, SIGKILL too.
   """
-  if VARIABLE not in os.environ or _tied.is_set():
+  # Children of this process inherit the variable, but not what it means.
+  end = os.environ.pop(VARIABLE, None)
+  if end is None:
     return
-  _tied.set()
-  end = int(os.environ[VARIABLE])
   threading.Thread(
-    target=_wait, args=(end,), name="tether", daemon=True
+    target=_wait, args=(int(end),), name="tether", daemon=True
   ).start()
 
 

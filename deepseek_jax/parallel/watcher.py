@@ -1,5 +1,6 @@
 """The watchdog's thread: it listens, judges and ends the process."""
 
+import atexit
 import dataclasses
 import threading
 import time
@@ -55,9 +56,10 @@ class Watcher:
     self._rank, self._address = processes.index, processes.coordinator
     self._seconds = limits.seconds
     self._tick = min(1.0, limits.seconds / 20)
-    # A process that only stutters, as one that swaps, is not dead.
+    # A process that swaps, or keeps the GIL for a while, is not dead. Of one
+    # that is, JAX itself knows after `heartbeat_seconds`.
     self._bounds = Bounds(
-      silent=min(limits.seconds, 60.0),
+      silent=min(limits.seconds, 120.0),
       quick=max(3.0, 6 * self._tick),
       never=limits.start_seconds,
     )
@@ -114,6 +116,8 @@ class Watcher:
     # A thread inside JAX's client while the interpreter ends would crash it.
     self._exchange.stop()
     leave_at_exit()
+    # Nor can Python be called from there when there is no interpreter.
+    atexit.register(self._abort.restore)
     last_words.end_later(_LAST)
 
   def _stop(self) -> None:

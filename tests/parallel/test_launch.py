@@ -192,6 +192,7 @@ import os, subprocess, time
 from deepseek_jax import parallel
 from deepseek_jax.parallel import tether
 tether.tie()
+assert tether.VARIABLE not in os.environ  # For its own children.
 child = subprocess.Popen(["sleep", "600"])
 with open("FOLDER/" + os.environ["DEEPSEEK_JAX_PROCESS_ID"], "w") as file:
   print(os.getpid(), child.pid, file=file)

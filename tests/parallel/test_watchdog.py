@@ -379,3 +379,21 @@ def test_a_drill_ends_in_time_and_names_the_culprit(tmp_path):
   (row,) = json.loads(out.read_text())["rows"]
   assert (row["fault"], row["good"]) == ("inside", 1)
   assert row["trials"][0]["codes"] == [WATCHDOG_EXIT] * 2
+
+
+@pytest.mark.slow
+def test_when_all_raise_each_says_its_own_and_keeps_its_exit_code():
+  ended = jobs.run(
+    """
+    join()
+    with parallel.Watchdog(60):
+      time.sleep(0.7 * RANK)
+      print(f"rank {RANK} was told nonsense", file=sys.stderr)
+      raise SystemExit(2)
+    """,
+    2,
+  )
+  for rank, process in ended.items():
+    assert process.code == 2, process.err
+    assert f"rank {rank} was told nonsense" in process.err
+    assert "Check failure" not in process.err
