@@ -28,6 +28,7 @@ from deepseek_jax.parallel.replica_groups import (
   source_target_pairs,
 )
 
+_SLOW = "replica"
 COLLECTIVES = (
   "all-reduce",
   "all-gather",
@@ -133,12 +134,7 @@ def traffic(
   """
   is_program = isinstance(compiled, hlo.Program)
   program = compiled if is_program else hlo.parse(compiled)
-  sizes = {} if mesh is None else dict(mesh.shape)
-  if mesh is not None and mesh.size != program.num_devices:
-    raise ValueError(
-      "mesh must be the one that the program was compiled for, got "
-      f"{mesh.size} devices for a program of {program.num_devices}."
-    )
+  sizes = {} if mesh is None else _own_sizes(mesh, program)
 
   def leaf(one, site):
     found = _sent(one, site, program.num_devices, sizes)
@@ -153,6 +149,24 @@ def traffic(
   return Traffic(sent, calls, open_loops)
 
 
+def _own_sizes(
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, program: hlo.Program
+) -> dict[str, int]:
+  """Returns the sizes of the mesh that a program knows.
+
+  The TPU compiler writes a program for one of several slices.
+  """
+  sizes = dict(mesh.shape)
+  slices, rest = divmod(mesh.size, program.num_devices)
+  if rest or slices not in (1, sizes.get(_SLOW, 1)):
+    raise ValueError(
+      "mesh must be the one that the program was compiled for, and slices lie "
+      f"along {_SLOW!r} alone, got {mesh.size} devices for a program of "
+      f"{program.num_devices}."
+    )
+  return sizes if slices == 1 else sizes | {_SLOW: 1}
+
+
 def _sent(
   one: hlo.Instruction,
   site: hlo_loops.Site,
@@ -161,9 +175,11 @@ def _sent(
 ) -> tuple[Collective, float] | None:
   """Returns what an instruction sends, None if it sends nothing."""
   kind = one.opcode.removesuffix("-start")
+  size = sum(shape.bytes for shape in site.computation.operand_shapes(one))
+  if kind == "send":
+    return _sent_to_slices(one, size, sizes)
   if kind not in COLLECTIVES:
     return None
-  size = sum(shape.bytes for shape in site.computation.operand_shapes(one))
   if kind == "collective-permute":
     return _permuted(source_target_pairs(one.tail), size, sizes)
   groups = replica_groups(one.tail, num_devices)
@@ -173,6 +189,20 @@ def _sent(
   if kind == "all-reduce" and site.fused and _is_scatter(one, site):
     kind = "reduce-scatter"
   return Collective(kind, crossed_axes(groups, sizes), n), _ring(kind, n, size)
+
+
+def _sent_to_slices(
+  one: hlo.Instruction, size: int, sizes: Mapping[str, int]
+) -> tuple[Collective, float] | None:
+  """Returns what goes through the host to other slices of TPUs."""
+  kind = re.search(r'_megascale_transfer_type="(\w+)"', one.tail)
+  slices = re.search(r'_megascale_target="\{([^}]*)\}', one.tail)
+  if kind is None or slices is None:
+    return None
+  name = kind[1].lower().replace("_", "-")
+  n = len(slices[1].split(","))
+  axes = (_SLOW,) if sizes else ()
+  return Collective(name, axes, n), _ring(name, n, size)
 
 
 def _permuted(

@@ -252,6 +252,24 @@ def test_a_compiler_that_gives_up_is_understood(said):
 
 @needs_tpu_compiler
 @pytest.mark.slow
+def test_the_tpu_compiler_reports_on_two_slices():
+  found = preflight.run(
+    lambda mesh: build(mesh, width=1024, rows=512),
+    "v5p:2x2x2*2",
+    MeshSpec(replica=2, data=2, fsdp=4),
+  )
+  assert found.num_devices == 16
+  slow = [x for x in found.roofline.collectives if x.place == "replica"]
+  # The gradient, cut over all of a slice, once between two; and the loss.
+  weights = 4 * LAYERS * 1024**2
+  assert sum(x.sent for x in slow) == pytest.approx(weights / 8, rel=0.01)
+  assert sum(x.seconds for x in slow) == pytest.approx(
+    sum(x.sent for x in slow) / CHIPS["v5p"].slow
+  )
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
 def test_the_tpu_compiler_says_by_how_much_a_step_does_not_fit():
   large = lambda mesh: build(mesh, width=32768, layers=2, rows=8)
   found = preflight.run(large, "v5e:2x2", MeshSpec())
