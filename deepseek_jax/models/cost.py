@@ -5,16 +5,18 @@ from typing import Any
 import jax
 from flax import nnx
 
+from deepseek_jax import nn
 from deepseek_jax.models.language import LanguageModel
 from deepseek_jax.nn.checks import require_positive
 
 
-def token_flops(model: LanguageModel, length: int) -> float:
+def token_flops(model: LanguageModel, length: int) -> int | float:
   """Returns the operations that training on one token asks for.
 
   Six for every parameter that the token meets in a product (two forward, four
   backward), and twelve for every number of a query and each key that it reads:
-  on average half of the row, or of dynamic attention its window and blocks.
+  on average half of the row, or of dynamic attention its window and blocks. Of
+  experts it meets those that it chooses.
   What is computed again on the way back, or for masked keys, does not count.
 
   >>> model = LanguageModel(256, features=64, num_layers=2, rngs=nnx.Rngs(0))
@@ -37,11 +39,21 @@ def token_flops(model: LanguageModel, length: int) -> float:
   if model.head is not None:  # Else the embedding is the head, too.
     met -= model.embedding.embedding.size
   kinds: Any = model.layers.layers
+  met -= sum(_never_met(layer.feed_forward) for layer in kinds)
   read = sum(_numbers_read(layer.attention, length) for layer in kinds)
   return 6 * met + 12 * read * model.layers.num_layers / len(kinds)
 
 
-def _numbers_read(attention: Any, length: int) -> float:
+def _never_met(feed_forward: Any) -> int | float:
+  """Returns the mean parameters of experts that a token does not choose."""
+  if not isinstance(feed_forward, nn.MixtureOfExperts):
+    return 0
+  bank = feed_forward.experts
+  size = bank.gate.size + bank.up.size + bank.down.size
+  return size * (1 - feed_forward.top_k / feed_forward.router.out_features)
+
+
+def _numbers_read(attention: Any, length: int) -> int | float:
   """Returns mean keys of a query times the numbers of all heads."""
   keys = length / 2
   if attention.num_remote is not None:

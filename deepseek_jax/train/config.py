@@ -279,7 +279,7 @@ class Experiment:
     per_epoch = data_lib.steps_per_epoch(len(data.train), self.data.batch_size)
     return total_steps(self.train.epochs, self.train.steps, per_epoch)[0]
 
-  def model_flops(self, schema: data_lib.Schema) -> float | None:
+  def model_flops(self, schema: data_lib.Schema) -> int | float | None:
     """Returns operations of a step that the model asks for, None if unknown."""
     del schema
 

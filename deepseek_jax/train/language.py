@@ -190,7 +190,7 @@ class LanguageExperiment(Experiment):
       optimizer = dataclasses.replace(optimizer, stacked=self.model.stacked)
     return optimizer.build(total_steps)
 
-  def model_flops(self, schema: data_lib.Schema) -> float:
+  def model_flops(self, schema: data_lib.Schema) -> int | float:
     """Returns operations of a step that the model asks for.
 
     Six for every parameter that a token meets in a product, and as many for

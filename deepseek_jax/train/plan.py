@@ -47,7 +47,7 @@ class Plan:
   spec: StepSpec
   batch: dict[str, jax.ShapeDtypeStruct]
   mesh: parallel.MeshSpec
-  model_flops: float | None = None
+  model_flops: int | float | None = None
 
   @classmethod
   def of(cls, experiment: "Experiment") -> "Plan":
