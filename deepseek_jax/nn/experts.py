@@ -138,6 +138,7 @@ class MixtureOfExperts(nnx.Module):
       else None
     )
     self.reading = LoadReading(num_experts)
+    self.num_experts = num_experts
     self.top_k = top_k
     self.capacity_factor = capacity_factor
     self.gate: Gate = gate

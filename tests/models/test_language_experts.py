@@ -145,6 +145,21 @@ def test_any_mesh_computes_what_one_device_does(sizes, options):
   assert_equal(found, expected, rtol=2e-5)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_token_pays_for_the_experts_it_goes_through(scan):
+  options = {"num_shared": 1, "top_k": 3}
+  sparse, dense = (
+    nnx.eval_shape(lambda options=options: build(scan=scan, **options))
+    for options in (
+      {"experts": 32, "experts_options": options},
+      {"experts": 0, "experts_options": None, "hidden": 4 * 12},
+    )
+  )
+  router = 2 * 16 * 32
+  found = models.token_flops(sparse, TIME) - 6 * router
+  assert found == pytest.approx(models.token_flops(dense, TIME))
+
+
 WRONG = {
   "experts": ({"experts": -1}, "^experts must be .*got experts=-1"),
   "half an expert": ({"experts": 2.5}, "^experts must be .*experts=2.5"),
