@@ -54,13 +54,15 @@ def fitting_axes(axes: Axes, size: int) -> tuple[str, ...]:
 
 
 def free_axes() -> tuple[str, ...]:
-  """Returns the axes of more than one device that nobody has taken yet.
+  """Returns the axes that nobody has taken yet; none on a single device.
 
   Code that the compiler cannot cut, such as a kernel, takes all of them with
-  `jax.shard_map`.
+  `jax.shard_map`: a TPU's is refused while any is left, be it of one device.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  return tuple(name for name in mesh.axis_names if axis_size(name) > 1)
+  free = _free(mesh)
+  several = math.prod(mesh.shape.values()) > 1
+  return tuple(name for name in mesh.axis_names if several and name in free)
 
 
 def constrain(x: Array, *dims: Axes) -> Array:
@@ -78,7 +80,7 @@ def constrain(x: Array, *dims: Axes) -> Array:
     *dims: For each dimension the axis or axes to cut it over; those left out
       are whole.
   """
-  if not free_axes():
+  if not any(axis_size(name) > 1 for name in free_axes()):
     return x
   fitting = [fitting_axes(axes, size) for axes, size in zip(dims, x.shape)]  # noqa: B905
   spec = PartitionSpec(*(axes or None for axes in fitting))

@@ -1,6 +1,7 @@
 """The pod benchmark runs, and counts by hand what it can."""
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import sys
@@ -59,3 +60,20 @@ def test_a_small_pod_is_compiled_and_written(pod, tmp_path, monkeypatch):
   assert kept[0] == {"overlapped": 1.0, "apart": 1.0}
   assert len(kept) == 2
   assert "<svg" in (tmp_path / "pod.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="the TPU compiler comes with the extra deepseek-jax[tpu]",
+)
+def test_the_trainers_step_takes_the_kernels_of_a_tpu(pod):
+  size = dataclasses.replace(
+    pod.SMALL, features=256, hidden=512, num_heads=2, length=1024
+  )
+  found = pod._compiled(size, pod.parse("v5e:2x2"), pod.MeshSpec(fsdp=2), "tpu")
+  assert found.fits
+  # They say what they compute.
+  assert found.roofline.unknown == ()
+  asked = found.roofline.model_flops
+  assert asked < found.roofline.flops < 2 * asked

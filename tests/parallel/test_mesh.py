@@ -105,3 +105,28 @@ def test_what_modules_ask_for_is_cut_where_it_fits():
   assert seen == [(2, ("data", "fsdp"))]
   assert cut.sharding.shard_shape(cut.shape) == (2, 3)
   assert some.sharding.shard_shape(some.shape) == (3, 3)
+
+
+def test_a_kernel_may_take_every_axis_that_is_left():
+  free = lambda: ambient.free_axes()
+  assert free() == ()
+  with jax.sharding.use_abstract_mesh(make_mesh(MeshSpec()).abstract_mesh):
+    assert free() == AXES
+  alone = make_mesh(MeshSpec(), jax.devices()[:1])
+  with jax.sharding.use_abstract_mesh(alone.abstract_mesh):
+    assert free() == ()
+  seen = []
+
+  def stage(x):
+    seen.append(free())
+    return x
+
+  with jax.sharding.use_abstract_mesh(
+    make_mesh(MeshSpec(stage=8)).abstract_mesh
+  ):
+    jax.jit(
+      jax.shard_map(
+        stage, in_specs=P("stage"), out_specs=P("stage"), axis_names={"stage"}
+      )
+    ).lower(jax.ShapeDtypeStruct((8,), "float32"))
+  assert set(seen) == {tuple(name for name in AXES if name != "stage")}
