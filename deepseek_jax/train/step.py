@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from deepseek_jax import data as data_lib
+from deepseek_jax import parallel
 from deepseek_jax.core import numerics, tree
 from deepseek_jax.data.schema import Task
 from deepseek_jax.train import losses as losses_lib
@@ -177,7 +178,8 @@ def _gradient(
 
   def objective(params, rest, micro, weights):
     model = nnx.merge(structure, params, rest)
-    outputs = model(*[micro[name] for name in spec.inputs])
+    with parallel.cut_batch(spec.accumulate):
+      outputs = model(*[micro[name] for name in spec.inputs])
     losses = spec.loss(outputs, micro[spec.target])
     value = scale * jnp.sum(weights * losses)
     if spec.l1 or spec.l2:

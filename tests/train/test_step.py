@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from deepseek_jax import nn
 from deepseek_jax.train import losses
 from deepseek_jax.train import state as state_lib
 from deepseek_jax.train.step import (
@@ -228,3 +229,20 @@ def test_a_model_without_parameters_is_refused():
     state_lib.create(
       nnx.Dropout(0.5, rngs=nnx.Rngs(0)), optax.sgd(1.0), task="classification"
     )
+
+
+def test_accumulation_presses_activations_as_the_whole_batch_does():
+  make = lambda: nnx.Sequential(
+    nnx.Linear(4, 8, rngs=nnx.Rngs(0)),
+    nn.SparseReLU(threshold=0.1, pressure=0.5),
+    nnx.Linear(8, 3, rngs=nnx.Rngs(1)),
+  )
+  data = batch(n=12)
+  results = []
+  for parts in (1, 3):
+    step, state = setup(make(), accumulate=parts)
+    results.append(step(state, data).params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
+    *results,
+  )
