@@ -9,6 +9,8 @@ program what fits, what is computed and what travels.
 
 * `meshes`: the decoder on v5p, 1,024 chips, on several meshes.
 * `scaling`: the decoder from 8 to 1,024 chips, one row a chip.
+* `experts`: a mixture of 64 experts on v5e, 256 chips; what its all_to_alls
+  send, beside what they should by hand.
 
 Each compilation runs in a process of its own and takes minutes. What other
 cases have left in the results stays there. `--small` takes a tiny decoder to
@@ -39,6 +41,9 @@ RESULTS = pathlib.Path(__file__).parents[1] / "results"
 SMALL = pod_model.Dense(
   num_layers=2, features=64, num_heads=4, hidden=128, length=64
 )
+SMALL_MIXTURE = pod_model.Mixture(
+  num_layers=2, features=64, num_heads=4, hidden=64, length=64, experts=8
+)
 _RECOMPUTED = pod_model.Dense(remat=True)
 MESHES = {
   "fsdp 16": (pod_model.Dense(), MeshSpec(fsdp=16)),
@@ -53,7 +58,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  known = {"meshes": meshes, "scaling": scaling}
+  known = {"meshes": meshes, "scaling": scaling, "experts": experts}
   parser.add_argument(
     "--cases", nargs="+", choices=known, default=list(known), help="all"
   )
@@ -102,8 +107,31 @@ def scaling(flags: argparse.Namespace) -> dict[str, Any]:
   }
 
 
+def experts(flags: argparse.Namespace) -> dict[str, Any]:
+  """Returns the report of the mixture, and what its experts' tokens send."""
+  size, place = pod_model.Mixture(), parse("v5e:16x16")
+  spec = MeshSpec(fsdp=16, expert=16)
+  if flags.small:
+    size, place, spec = SMALL_MIXTURE, parse("v5e:2x2"), MeshSpec(expert=4)
+  report = compiled(flags, size, place, spec)
+  swapped = {
+    "by_hand": size.swapped(spec.resolve(place.num_devices)),
+    "in_the_program": sum(
+      x.sent
+      for x in (report.roofline.collectives if report.roofline else ())
+      if x.kind == "all-to-all" and x.place == "expert"
+    ),
+  }
+  print(f"\n{size.num_params:,} parameters\n{render(report)}\n{swapped}")
+  name = f"{size.experts} experts"
+  return {name: plain(report, size) | {"all_to_all_bytes": swapped}}
+
+
 def compiled(
-  flags: argparse.Namespace, size: Any, place: Topology, spec: MeshSpec
+  flags: argparse.Namespace,
+  size: pod_model.Dense,
+  place: Topology,
+  spec: MeshSpec,
 ) -> preflight.Report:
   """Returns a report from a process of its own, which politely waits."""
   spawn = multiprocessing.get_context("spawn")
@@ -115,7 +143,10 @@ def compiled(
 
 
 def _compiled(
-  size: Any, place: Topology, spec: MeshSpec, compiler: preflight.Compiler
+  size: pod_model.Dense,
+  place: Topology,
+  spec: MeshSpec,
+  compiler: preflight.Compiler,
 ) -> preflight.Report:
   return preflight.run(
     pod_model.builder(size),
@@ -126,10 +157,11 @@ def _compiled(
   )
 
 
-def plain(report: preflight.Report, size: Any) -> dict[str, Any]:
+def plain(report: preflight.Report, size: pod_model.Dense) -> dict[str, Any]:
   """Returns a report as JSON, with what it adds up to."""
   found = report.roofline
-  row = {"model": dataclasses.asdict(size)} | dataclasses.asdict(report)
+  model = dataclasses.asdict(size) | {"num_params": size.num_params}
+  row = {"model": model} | dataclasses.asdict(report)
   row["fits"], row["memory_total"] = report.fits, report.memory.total
   if found is not None:
     row["seconds"] = {"overlapped": found.overlapped, "apart": found.apart}

@@ -42,7 +42,7 @@ class Dense:
   rows: int = 1
   remat: bool | str = "dots"
 
-  def model(self) -> nnx.Module:
+  def model(self) -> models.LanguageModel:
     """Returns it with bfloat16 computation and float32 parameters."""
     return models.LanguageModel(
       VOCABULARY,
@@ -55,30 +55,81 @@ class Dense:
       remat=self.remat,
       dtype=jnp.bfloat16,
       rngs=nnx.Rngs(0),
+      **self.options,
     )
 
   @property
-  def product_params(self) -> int:
-    """Parameters that every token is multiplied with."""
-    layer = 4 * self.features**2 + 3 * self.features * self.hidden
-    return self.num_layers * layer + self.features * VOCABULARY
+  def options(self) -> dict[str, Any]:
+    """Further arguments of the model."""
+    return {}
+
+  @property
+  def num_params(self) -> int:
+    """Numbers that are trained."""
+    state = nnx.state(nnx.eval_shape(self.model), nnx.Param)
+    return sum(x.size for x in jax.tree.leaves(nnx.as_pure(state)))
+
+  def tokens(self, spec: parallel.MeshSpec) -> int:
+    """Returns the tokens of a step, of all devices."""
+    return math.prod(spec.sizes.values()) * self.rows * self.length
 
   def flops(self, spec: parallel.MeshSpec) -> float:
-    """Returns the products of a step: 6 a parameter and token, and attention's.
+    """Returns the products that a step asks for, of all devices."""
+    model = nnx.eval_shape(self.model)
+    return self.tokens(spec) * models.token_flops(model, self.length)
 
-    Of attention it is the half that a causal mask leaves: 4·D·T/2 a token and
-    layer forwards, twice that backwards.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture(Dense):
+  """The same with experts to choose among.
+
+  Attributes:
+    experts: of a layer, each with `hidden` units.
+    top_k: experts of a token.
+    num_shared: experts that all tokens go through besides.
+    capacity_factor: room at an expert, see `nn.MixtureOfExperts`.
+  """
+
+  num_layers: int = 24
+  features: int = 2048
+  num_heads: int = 16
+  hidden: int = 1024
+  length: int = 4096
+  experts: int = 64
+  top_k: int = 4
+  num_shared: int = 1
+  capacity_factor: float = 1.25
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Those of the experts."""
+    names = ("top_k", "num_shared", "capacity_factor")
+    return {
+      "experts": self.experts,
+      "experts_options": {name: getattr(self, name) for name in names},
+    }
+
+  def swapped(self, spec: parallel.MeshSpec) -> float:
+    """Returns the bytes that a device sends in a step's all_to_alls, by hand.
+
+    To each expert a device sends `capacity_factor` times what an expert would
+    get of its tokens if all got equally many, rounded up: rows of `features` in
+    two bytes. There and back again; as often on the way back; and once more
+    there and back where layers are recomputed. Of what it sends, a share stays
+    with itself.
     """
-    tokens = math.prod(spec.sizes.values()) * self.rows * self.length
-    attention = 6 * self.num_layers * self.features * self.length
-    return float(tokens) * (6 * self.product_params + attention)
+    n = spec.sizes["expert"]
+    fair = self.rows * self.length * self.top_k / self.experts
+    room = math.ceil(self.capacity_factor * fair)
+    one_way = self.experts * room * self.features * 2 * (n - 1) / n
+    return self.num_layers * (6 if self.remat else 4) * one_way
 
 
-def build(size: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def build(size: Dense, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   """Returns the trainer's step for a mesh, and its arguments' shapes.
 
   Args:
-    size: a `Dense`.
+    size: a `Dense` or a `Mixture`.
     mesh: of devices that need not be there.
   """
   shape = (mesh.size * size.rows, size.length)
@@ -99,6 +150,6 @@ def build(size: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   return step.build_step(mesh)
 
 
-def builder(size: Any) -> Any:
+def builder(size: Dense) -> Any:
   """Returns `build` for a size, as `preflight.run` takes it."""
   return functools.partial(build, size)

@@ -6,7 +6,6 @@ import json
 import pathlib
 import sys
 
-import jax
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "experiments/benchmarks"
@@ -24,28 +23,34 @@ def pod(monkeypatch):
   return pod
 
 
-def test_the_7b_model_has_7b_parameters(pod):
-  full = pod.pod_model.Dense()
-  embedding = full.features * pod.pod_model.VOCABULARY
-  assert 6.5e9 < full.product_params + embedding < 7.5e9
-  size = dataclasses.replace(full, num_layers=2)
-  shapes = jax.tree.leaves(jax.eval_shape(lambda: _params(size)))
-  count = sum(x.size for x in shapes)
-  # Without the embedding, which is looked up, and the norms.
-  norms = size.features * (2 * size.num_layers + 1)
-  assert size.product_params == count - embedding - norms
+def test_the_models_have_the_sizes_they_are_named_for(pod):
+  for size, low, high in (
+    (pod.pod_model.Dense(), 6.5e9, 7.5e9),
+    (pod.pod_model.Mixture(), 9e9, 12e9),
+  ):
+    # As many in every layer.
+    few, more = (dataclasses.replace(size, num_layers=n) for n in (1, 2))
+    layer = more.num_params - few.num_params
+    count = few.num_params + (size.num_layers - 1) * layer
+    assert low < count < high
 
 
-def _params(size):
-  from flax import nnx
-
-  return nnx.as_pure(nnx.split(size.model(), nnx.Param, ...)[1])
+@pytest.mark.slow
+def test_all_to_alls_send_what_they_should_by_hand(pod):
+  size, spec = pod.SMALL_MIXTURE, pod.MeshSpec(expert=4, data=1)
+  report = pod._compiled(size, pod.parse("v5e:2x2"), spec, "cpu")
+  (swapped,) = (
+    x for x in report.roofline.collectives if x.kind == "all-to-all"
+  )
+  assert (swapped.place, swapped.calls) == ("expert", 6 * size.num_layers)
+  # Whose CPUs swap bfloat16 as float32.
+  assert swapped.sent == 2 * size.swapped(spec.resolve(4))
 
 
 @pytest.mark.slow
 def test_a_small_pod_is_compiled_and_written(pod, tmp_path, monkeypatch):
   monkeypatch.setattr(pod, "MESHES", dict(list(pod.MESHES.items())[:1]))
-  for case in ("meshes", "scaling"):
+  for case in ("meshes", "scaling", "experts"):
     command = ["pod.py", "--small", "--cases", case, "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     pod.main()
@@ -59,6 +64,9 @@ def test_a_small_pod_is_compiled_and_written(pod, tmp_path, monkeypatch):
   kept = [row["efficiency"] for row in cases["scaling"]["reports"].values()]
   assert kept[0] == {"overlapped": 1.0, "apart": 1.0}
   assert len(kept) == 2
+  (swapped,) = cases["experts"]["reports"].values()
+  swapped = swapped["all_to_all_bytes"]
+  assert swapped["in_the_program"] == 2 * swapped["by_hand"]
   assert "<svg" in (tmp_path / "pod.svg").read_text()
 
 
