@@ -160,12 +160,23 @@ def _follow(
   )
   vectors = jax.lax.cond(
     turn,
-    lambda covariance, vectors: jnp.linalg.qr(covariance @ vectors)[0],
+    lambda covariance, vectors: _orthogonal(covariance @ vectors),
     lambda _, vectors: vectors,
     covariance,
     basis.vectors,
   )
   return Basis(covariance, vectors)
+
+
+def _orthogonal(x: Array) -> Array:
+  """Returns the orthogonal factor of every matrix of a stack."""
+  factor = lambda x: jnp.linalg.qr(x)[0]
+  if len(x) > 1 and jax.default_backend() == "cpu":
+    # One by one: XLA works on the matrices of a stack in parallel, and where
+    # a program has many stacks its threads may wait for each other for ever
+    # (seen in jaxlib 0.10.2, with 24 stacks on 2 cores).
+    return jax.lax.map(factor, x)
+  return factor(x)
 
 
 def _turn(x: Array, rows: Basis | None, columns: Basis | None) -> Array:

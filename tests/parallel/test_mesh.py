@@ -130,3 +130,14 @@ def test_a_kernel_may_take_every_axis_that_is_left():
       )
     ).lower(jax.ShapeDtypeStruct((8,), "float32"))
   assert set(seen) == {tuple(name for name in AXES if name != "stage")}
+
+
+def test_what_is_kept_in_parts_and_wanted_whole_is_gathered():
+  made = make_mesh(MeshSpec(data=1, fsdp=4, tensor=2))
+  x = jax.device_put(np.ones((8, 6)), NamedSharding(made, P("fsdp", "tensor")))
+  with jax.sharding.use_abstract_mesh(made.abstract_mesh):
+    whole = jax.jit(ambient.constrain)(x)
+    assert ambient.free_axes() == AXES
+    assert ambient.fitting_axes(("fsdp", "data"), 8) == ("fsdp",)
+    assert ambient.fitting_axes(("fsdp", "tensor"), 4) == ()
+  assert whole.sharding.is_fully_replicated
