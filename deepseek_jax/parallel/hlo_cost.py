@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Mapping
 
+import numpy as np
+
 from deepseek_jax.parallel import hlo, hlo_loops
 from deepseek_jax.parallel.wire import COLLECTIVES
 
@@ -185,14 +187,10 @@ def _meetings(
   spread: int,
 ) -> int:  # fmt: skip
   """Returns how many (output, kernel) places meet a place of the input."""
-  if n_out * size > 2**22:  # As if nothing were padded.
-    return n_out * size
-  met = 0
-  for tap in range(size):
-    for place in range(n_out):
-      at = place * stride + tap * spread - low
-      met += at % inner == 0 and 0 <= at // inner < n_in
-  return met
+  places, taps = np.arange(n_out)[:, None], np.arange(size)[None]
+  at = places * stride + taps * spread - low
+  inside = (at >= 0) & (at < n_in * inner)
+  return int((inside & (at % inner == 0)).sum())
 
 
 def _estimate(one: hlo.Instruction, what: str) -> float | None:

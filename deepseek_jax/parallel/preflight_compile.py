@@ -33,8 +33,14 @@ _FULL = re.compile(
   r"\(?([\d.]+)([KMGT]?)"
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Else the compiler looks for chips, or for others who use them.
-_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Else the compiler looks for chips, for others who use them, or complains that
+# it does not know which it runs on: it need not, and compiles for any.
+_ALONE = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,16 +212,14 @@ def _fake_devices(topology: Topology) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-  old = {name: os.environ.get(name) for name in values}
+  """Sets variables that the user has not set."""
+  values = {k: v for k, v in values.items() if k not in os.environ}
   os.environ.update(values)
   try:
     yield
   finally:
-    for name, value in old.items():
-      if value is None:
-        del os.environ[name]
-      else:
-        os.environ[name] = value
+    for name in values:
+      del os.environ[name]
 
 
 def too_large(

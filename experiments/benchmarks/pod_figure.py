@@ -19,15 +19,22 @@ def draw(cases: Mapping[str, Any], path: pathlib.Path) -> None:
   import matplotlib
   from matplotlib.figure import Figure
 
-  panels = {"scaling": _draw_scaling, "meshes": _draw_meshes}
-  there = [name for name in panels if name in cases]
+  steps = {
+    f"{name}\n{row['topology']}": row
+    for case in ("meshes", "experts")
+    for name, row in cases.get(case, {"reports": {}})["reports"].items()
+    if row["roofline"]
+  }
+  panels = [(_draw_steps, steps)] if steps else []
+  if "scaling" in cases:
+    panels.append((_draw_scaling, cases["scaling"]["reports"]))
   with matplotlib.rc_context():
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(_STYLE)
-    figure = Figure(figsize=(_WIDTH, 2.8 * len(there)), layout="constrained")
-    axes = figure.subplots(len(there), squeeze=False)[:, 0]
-    for name, ax in zip(there, axes, strict=True):
-      panels[name](ax, cases[name]["reports"])
+    figure = Figure(figsize=(_WIDTH, 2.8 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for (panel, reports), ax in zip(panels, axes, strict=True):
+      panel(ax, reports)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
@@ -52,8 +59,8 @@ def _draw_scaling(axes, reports: Mapping[str, Any]) -> None:
   axes.legend(frameon=False)
 
 
-def _draw_meshes(axes, reports: Mapping[str, Any]) -> None:
-  names = [name for name, row in reports.items() if row["roofline"]]
+def _draw_steps(axes, reports: Mapping[str, Any]) -> None:
+  names = list(reports)
   for i, (part, hue) in enumerate(zip(_PARTS, _HUES[1:], strict=False)):
     places = [y + 0.25 * (i - 1) for y in range(len(names))]
     widths = [1000 * reports[name]["roofline"][part] for name in names]
