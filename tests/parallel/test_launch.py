@@ -113,7 +113,11 @@ def test_when_one_fails_the_others_are_ended_with_their_children(tmp_path):
   assert 5 < time.monotonic() - started < 15
   pids = [pid for p in tmp_path.iterdir() for pid in p.read_text().split()]
   assert len(pids) == 4
-  assert all(is_gone(pid) for pid in pids)
+  # A killed process takes the kernel a moment, on a busy machine a long one.
+  end = time.monotonic() + 10
+  while not all(is_gone(pid) for pid in pids):
+    assert time.monotonic() < end, pids
+    time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
