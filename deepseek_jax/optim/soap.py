@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import optax
 from jaxtyping import Array, Float32
 
@@ -29,6 +30,11 @@ _ASPECT = 2
 # Larger entries of a gradient count as zero: sums of their squares would leave
 # the range of float32, and nothing infinite leaves an average again.
 _LARGEST = 1e15
+# On CPUs older versions of XLA work on the matrices of a stack in parallel and
+# wait for all: where a program has many stacks, threads may wait for each other
+# for ever (seen in jaxlib 0.10.2, with 24 stacks on 2 cores). One by one they
+# take as long, but a stack split between fake devices is gathered first.
+_STACKS_HANG = jaxlib.version.__version_info__ < (0, 12)
 
 
 class Basis(NamedTuple):
@@ -171,12 +177,10 @@ def _follow(
 def _orthogonal(x: Array) -> Array:
   """Returns the orthogonal factor of every matrix of a stack."""
   factor = lambda x: jnp.linalg.qr(x)[0]
-  if len(x) > 1 and jax.default_backend() == "cpu":
-    # One by one: XLA works on the matrices of a stack in parallel, and where
-    # a program has many stacks its threads may wait for each other for ever
-    # (seen in jaxlib 0.10.2, with 24 stacks on 2 cores).
-    return jax.lax.map(factor, x)
-  return factor(x)
+  if len(x) == 1 or not _STACKS_HANG:
+    return factor(x)
+  one_by_one = lambda x: jax.lax.map(factor, x)
+  return jax.lax.platform_dependent(x, cpu=one_by_one, default=factor)
 
 
 def _turn(x: Array, rows: Basis | None, columns: Basis | None) -> Array:

@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
+from deepseek_jax.optim import soap
 from deepseek_jax.optim.compact import bytes_per_parameter
 from deepseek_jax.optim.whitening import KINDS, scale_by_whitening
 
@@ -306,6 +307,8 @@ def test_a_stack_split_between_its_matrices_needs_no_exchange(kind):
   tx = scale_by_whitening(kind, stacked=[("layers", 1)])
   params = tree(0, {"layers": (8, 16, 12)})
   compiled, arguments = compile_sharded(tx, params, jax.P("x"))
-  assert largest_collective(compiled) == 0
+  # Where XLA for CPUs would hang, matrices are factored one by one, gathered.
+  gathered = kind == "soap" and soap._STACKS_HANG
+  assert largest_collective(compiled) == (8 * 16 * 16 if gathered else 0)
   updates, _ = compiled(*arguments)
   assert_close(updates, last_update(tx, [params]))
