@@ -116,11 +116,12 @@ def train(
     devices = devices_for(experiment.mesh)
     print(Plan.of(experiment).dry_run(devices))
     return OK
-  result = experiment.run()
-  from deepseek_jax.train.processes import of_first
+  from deepseek_jax.train.processes import of_first, watched
 
-  # The others wait: who ends ends the connections of all.
-  of_first(lambda: _tell(result, experiment.summary(result.workdir)))
+  with watched(experiment.train.watchdog_seconds):
+    result = experiment.run()
+    # The others wait: who ends ends the connections of all.
+    of_first(lambda: _tell(result, experiment.summary(result.workdir)))
   return _exit_code(result)
 
 

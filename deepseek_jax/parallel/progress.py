@@ -60,16 +60,21 @@ class Progress:
   ):
     self._clock = clock
     self._seconds = seconds
+    self._start_seconds = start_seconds
     self._pause_seconds = pause_seconds
     thread = threading.current_thread()
     self._thread = (thread.ident or 0, thread.native_id or 0)
     self._host = f"{socket.gethostname()}, process {os.getpid()}"
-    self._since = clock.now
-    self._limit = start_seconds
     self._step: int | None = None
-    self._starting = True
     self.state = RUNNING
     self._why = ""
+    self.start()
+
+  def start(self) -> None:
+    """Tells that it will take a while to the next step."""
+    self._since = self._clock.now
+    self._limit = self._start_seconds
+    self._starting = True
 
   def beat(self, step: int | None) -> None:
     """Tells that the work goes on."""

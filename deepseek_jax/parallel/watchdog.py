@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import re
 import types
+from typing import ClassVar
 
 from deepseek_jax.core.arguments import require_in
 from deepseek_jax.parallel.initialization import initialize
@@ -40,6 +41,9 @@ class Watchdog:
   the body ends, it waits until the bodies of all ranks have. While it watches,
   `faulthandler.dump_traceback_later` is its own.
 
+  Inside another one it only tells that one that work begins anew, and that no
+  step is expected once it has ended; the seconds of the outer one hold.
+
   >>> with Watchdog(seconds=60) as watchdog:
   ...   for step in range(3):
   ...     watchdog.beat(step)
@@ -55,6 +59,8 @@ class Watchdog:
   Raises:
     ValueError: If one of them is not positive.
   """
+
+  _outer: "ClassVar[Watchdog | None]" = None
 
   def __init__(
     self,
@@ -77,10 +83,16 @@ class Watchdog:
 
   def __enter__(self) -> "Watchdog":
     """Begins to watch."""
+    outer = Watchdog._outer
+    if outer is not None:
+      self._watcher = outer._watcher
+      self._watcher.progress.start()
+      return self
     processes = initialize()
     store = open_store(f"watchdog/{next(_rooms)}")
     self._watcher = Watcher(processes, store, self._limits)
     self._watcher.start()
+    Watchdog._outer = self
     return self
 
   def __exit__(
@@ -90,6 +102,10 @@ class Watchdog:
     trace: types.TracebackType | None,
   ) -> None:
     """Waits for the others, or tells them the error."""
+    if Watchdog._outer is not self:
+      self._watcher.progress.start()
+      return
+    Watchdog._outer = None
     if error is None or (isinstance(error, SystemExit) and not error.code):
       self._watcher.progress.end(DONE)
       self._watcher.wait_for_others()

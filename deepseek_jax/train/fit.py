@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -24,6 +23,7 @@ from deepseek_jax.train.early_stopping import EarlyStopping
 from deepseek_jax.train.initial import Build
 from deepseek_jax.train.loop import Schedule, total_steps
 from deepseek_jax.train.placement import Placement
+from deepseek_jax.train.processes import watched
 from deepseek_jax.train.result import Result
 from deepseek_jax.train.run_directory import RunDirectory
 from deepseek_jax.train.session import Session
@@ -217,9 +217,7 @@ def fit(
   if clip_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
   with contextlib.ExitStack() as stack:
-    watchdog = None
-    if jax.process_count() > 1:
-      watchdog = stack.enter_context(parallel.Watchdog(watchdog_seconds))
+    watchdog = stack.enter_context(watched(watchdog_seconds))
     session = Session(model, tx, data, spec, placement, batch_size)
     stream = session.stream(seed, prefetch)
     identity = {**asked, "parameters": session.parameters()}

@@ -1,5 +1,6 @@
 """What the processes of one run have to agree on."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,7 +9,24 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from deepseek_jax import parallel
+
 T = TypeVar("T")
+
+
+def watched(
+  seconds: int | float,
+) -> contextlib.AbstractContextManager[parallel.Watchdog | None]:
+  """Returns the context in which a run of several processes is watched.
+
+  A process that is alone is not: it gives None.
+
+  Args:
+    seconds: How long a step may take.
+  """
+  if jax.process_count() == 1:
+    return contextlib.nullcontext()
+  return parallel.Watchdog(seconds)
 
 
 def is_first() -> bool:

@@ -284,6 +284,23 @@ def test_a_process_that_is_alone_ends_its_watch_with_its_work():
   assert "watchdog" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_one_inside_another_is_the_outer_one_at_its_start():
+  with Watchdog(seconds=60, start_seconds=500) as outer:
+    outer.beat(7)
+    progress = outer._watcher.progress
+    with Watchdog(seconds=5) as inner:
+      told = progress.report()
+      assert (told.limit, told.excused, told.step) == (500, True, 7)
+      inner.beat(8)
+      assert (progress.report().limit, progress.report().step) == (60, 8)
+    assert progress.report().excused
+    with pytest.raises(ZeroDivisionError), Watchdog():
+      raise ZeroDivisionError
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count("watchdog") == 1
+  assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
 def reason(change=lambda watcher, exchange: None, rank=1):
   """Why a rank aborts, whose coordinator is at a port that nobody has."""
   nowhere = f"127.0.0.1:{jobs.free_port()}"

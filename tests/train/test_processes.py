@@ -13,12 +13,23 @@ import numpy as np
 import pytest
 
 EXPERIMENT = """
+import os, signal
 from deepseek_jax.train import *
-experiment = Experiment(
+
+class Fragile(Experiment):
+  def run(self):
+    how = os.environ.get("DEEPSEEK_JAX_PROCESS_ID") == "1" and self.workdir
+    if how == "killed":
+      os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raises":
+      raise ValueError("my data is not there")
+    return super().run()
+
+experiment = Fragile(
   data=Data(batch_size=32),
   model=Classifier(channels=(8,), lstm_features=16, num_heads=2),
   optimizer=Optimizer(name="adamw", learning_rate=3e-3),
-  train=Train(epochs=None, steps=300, evaluate_every=100, log_every=20,
+  train=Train(epochs=None, steps=120, evaluate_every=40, log_every=10,
               tensorboard=False, progress=False),
 )
 """
@@ -96,7 +107,7 @@ def test_a_run_goes_on_in_other_processes(job, tmp_path, first, second):
   started[-1].send_signal(signal.SIGTERM)
   codes, said = ended(started)
   assert codes == [75] * first, said
-  assert 40 <= result(tmp_path / "cut")["steps"] < 300
+  assert 20 <= result(tmp_path / "cut")["steps"] < 120
   # On one process with sizes by default, on two with those of before.
   codes, said = ended(job(second, "cut", *(flags if second == 2 else ())))
   assert codes == [0] * second, said
@@ -110,3 +121,14 @@ def test_processes_that_were_told_different_things_all_end(job, tmp_path):
   for text in said:
     assert "seed is 0 on rank 0 and 1 on rank 1" in text
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("killed", -9), ("raises", 2)])
+def test_a_process_that_ends_before_the_first_step_is_named(job, how, code):
+  codes, said = ended(job(2, how, "--train.watchdog-seconds", "5"))
+  assert codes == [70, code], said
+  assert "rank 1 is the culprit" in said[0]
+  if how == "raises":
+    assert "deepseek-jax: my data is not there" in said[1]
+    assert "my data is not there" in said[0]
