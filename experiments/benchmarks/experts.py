@@ -94,7 +94,7 @@ def main() -> None:
   before = json.loads(path.read_text()) if path.exists() else {}
   same = before.get("settings") == asked and not flags.fresh
   known = before["runs"] if same else {}
-  result = {
+  result: dict[str, Any] = {
     "name": "experts",
     "command": machine.command(),
     "date": datetime.date.today().isoformat(),
