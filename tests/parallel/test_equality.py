@@ -58,6 +58,12 @@ LANGUAGE = {
     dropout=0.1,
     scan=True,
   ),
+  "experts": dict(
+    experts=4,
+    experts_options={"top_k": 2, "num_shared": 1, "bias_rate": 0.02},
+    hidden=16,
+    scan=True,
+  ),
 }
 CLASSIFIER = dict(norm="batch", pooling="attention", dropout=0.1)
 MIXED = MeshSpec(data=1, fsdp=2, sequence=2, tensor=2)
@@ -176,6 +182,16 @@ def test_a_language_model_trains_as_on_one_device():
 def test_everything_that_has_state_trains_as_on_one_device():
   build = lambda: _language(**LANGUAGE["everything"])
   _check("language", _train(build, "language", ALONE), build, MIXED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balance", ["bias", "auxiliary"])
+def test_experts_train_as_on_one_device(balance):
+  options = LANGUAGE["experts"]
+  experts = options["experts_options"] | {"balance": balance}
+  build = lambda: _language(**options | {"experts_options": experts})
+  mixed = MeshSpec(data=1, fsdp=2, expert=2, tensor=2)
+  _check("language", _train(build, "language", ALONE), build, mixed)
 
 
 @pytest.mark.slow
