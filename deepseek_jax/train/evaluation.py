@@ -1,5 +1,6 @@
 """Metrics and predictions of given weights on a split."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax import data as data_lib
+from deepseek_jax.nn import LayerStack
 from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.step import (
@@ -21,24 +23,37 @@ _ROWS = 512
 _TOKENS = 16_384  # Of a batch of text; beyond, activations leave the caches.
 
 
-def batch_rows(placement: Placement, *splits: data_lib.Split) -> int:
+def batch_rows(
+  placement: Placement, model: nnx.Module, *splits: data_lib.Split
+) -> int:
   """Returns a batch size that fits every split and shares out over devices.
 
+  In a pipeline it shares out over micro-batches too.
+
   Raises:
-    ValueError: If a split has fewer examples than there are devices.
+    ValueError: If a split has fewer examples than that takes.
   """
   rows = min(_ROWS, *map(len, splits))
+  parts = placement.row_parts * _microbatches(placement, model)
   if splits[0].schema.task == "language":
     length = splits[0].schema.target_feature.shape[0]
-    rows = min(rows, max(_TOKENS // length, placement.row_parts))
-  shared = rows - rows % placement.row_parts
+    rows = min(rows, max(_TOKENS // length, parts))
+  shared = rows - rows % parts
   if not shared:
     raise ValueError(
-      f"a split must hold at least {placement.row_parts} examples to be "
-      "evaluated, one for each part that the mesh cuts rows into, got "
+      f"a split must hold at least {parts} examples to be evaluated, one for "
+      "each part that the mesh, and micro-batches, cut rows into, got "
       f"{rows}."
     )
   return shared
+
+
+def _microbatches(placement: Placement, model: nnx.Module) -> int:
+  """Returns the least common multiple of what pipelines cut rows into."""
+  stacks = [x for _, x in nnx.iter_modules(model) if isinstance(x, LayerStack)]
+  given = [x.microbatches for x in stacks if x.microbatches is not None]
+  automatic = placement.mesh.shape["stage"] if len(given) < len(stacks) else 1
+  return math.lcm(automatic, *given)
 
 
 class Evaluator:

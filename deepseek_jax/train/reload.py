@@ -129,7 +129,7 @@ def evaluate(
   evaluator = Evaluator(
     structure,
     StepSpec.of(data.schema, experiment.build_loss(data.schema)),
-    batch_size=batch_rows(placement, chosen),
+    batch_size=batch_rows(placement, model, chosen),
     placement=placement,
   )
   return evaluator.metrics(params, rest, chosen)

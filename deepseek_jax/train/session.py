@@ -85,7 +85,7 @@ class Session:
     self.evaluator = Evaluator(
       evaluation,
       spec,
-      batch_size=batch_rows(placement, data.validation, data.test),
+      batch_size=batch_rows(placement, self._model, data.validation, data.test),
       placement=placement,
     )
 
