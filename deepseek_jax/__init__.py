@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
+  "comm",
   "core",
   "data",
   "kernels",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+  from deepseek_jax import comm as comm
   from deepseek_jax import core as core
   from deepseek_jax import data as data
   from deepseek_jax import kernels as kernels
