@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, Int32
 
 from deepseek_jax.comm import workers as workers_lib
 from deepseek_jax.comm.axes import Axes, AxisName
-from deepseek_jax.comm.diloco import plain, sum_sent
+from deepseek_jax.comm.plain import float_all_reduce, sum_sent
 from deepseek_jax.comm.state import PerDevice
 from deepseek_jax.core.arguments import require_in, require_static
 from deepseek_jax.core.typing import Count, PyTree
@@ -106,7 +106,7 @@ def asynchronous(
   axes = Axes.of(axis_name)
   inner = optax.with_extra_args_support(inner)
   compression = optax.with_extra_args_support(
-    plain(axis_name) if compression is None else compression
+    float_all_reduce(axis_name) if compression is None else compression
   )
   count = len(speeds)
   rates = np.asarray(speeds, np.float32)
