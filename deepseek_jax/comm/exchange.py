@@ -1,7 +1,7 @@
 """Transforms that average gradients over devices in few bytes."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class Leaf:
     self.shape = tuple(shape)
 
 
+@runtime_checkable
 class Method(Protocol):
   """What an exchange does with the leaves that are not exempt."""
 

@@ -1,4 +1,4 @@
-"""How devices exchange gradients in a run, as one names it on a command line."""
+"""How devices exchange gradients in a run, as a command line names it."""
 
 import dataclasses
 import difflib
