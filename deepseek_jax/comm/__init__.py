@@ -1,5 +1,6 @@
 """Gradient exchange: send less, send later, lose nothing."""
 
+from deepseek_jax.comm.adapt import adapt as adapt
 from deepseek_jax.comm.asynchronous import asynchronous as asynchronous
 from deepseek_jax.comm.delayed import delayed as delayed
 from deepseek_jax.comm.diloco import diloco as diloco

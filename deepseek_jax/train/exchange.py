@@ -150,6 +150,11 @@ class Exchange:
     return self.options.get("period", default.default)
 
 
+def as_exchange(exchange: Exchange | str | None) -> Exchange | None:
+  """Returns what a user gave, read if it is a text."""
+  return Exchange.parse(exchange) if isinstance(exchange, str) else exchange
+
+
 def _options(method: str) -> list[str]:
   """Returns the options that a text may set."""
   factory = _REAL.get(method) or (_AVERAGES | _MEETINGS)[method]
