@@ -68,6 +68,11 @@ class Axes:
     return size((self.sharded,)) if self.sharded else 1
 
   @property
+  def devices(self) -> int:
+    """How many devices take part."""
+    return size(self.names)
+
+  @property
   def copies(self) -> int:
     """How many devices hold the same part."""
     return size(self.others)

@@ -7,7 +7,7 @@ contraction: |x - decode(encode(x))| < |x|.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ Codes = tuple[Array, ...]
 _TINY = 1e-30
 
 
+@runtime_checkable
 class Codec(Protocol):
   """Encodes blocks of one size.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32
 
 from deepseek_jax.comm import workers as workers_lib
 from deepseek_jax.comm.axes import Axes, AxisName
-from deepseek_jax.comm.exchange import Leaf, mean, plain_bytes
+from deepseek_jax.comm.exchange import leaves, mean, plain_bytes
 from deepseek_jax.comm.state import ExchangeState, PerDevice
 from deepseek_jax.core.arguments import require_static
 from deepseek_jax.core.tree import leaf_paths
@@ -268,9 +268,9 @@ def plain(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
     updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
   ) -> tuple[PyTree, Any]:
     del state, params, extra_args
-    leaves, structure = jax.tree.flatten(updates)
-    parts = [Leaf(i, "", x.shape, None) for i, x in enumerate(leaves)]
-    found = [mean(x, part, axes) for x, part in zip(leaves, parts, strict=True)]
+    grads, structure = jax.tree.flatten(updates)
+    parts = leaves(axes, None, updates)
+    found = [mean(x, part, axes) for x, part in zip(grads, parts, strict=True)]
     sent = sum(plain_bytes(part, axes) for part in parts)
     return structure.unflatten(found), PlainState(
       jnp.asarray(sent, jnp.float32)
@@ -337,7 +337,7 @@ def _check_steps(local_steps: Sequence[int] | None, period: int) -> None:
 
 
 def _check_workers(local_steps: Sequence[int] | None, axes: Axes) -> None:
-  count = axes.parts * axes.copies
+  count = axes.devices
   if local_steps is not None and len(local_steps) != count:
     raise ValueError(
       f"local_steps must have one number for each of {count} workers, got "

@@ -68,7 +68,8 @@ class Blockwise:
       layout, mask = self.layout(leaf), None
       if self.refresh:
         known = own["seen"][leaf.path][0]
-        mask = self._union(grad, layout, known, count)
+        wanted = layout.split(grad) + own["left"][leaf.path].worker[0]
+        mask = self._union(wanted, known, count)
         seen[leaf.path] = mask[None]
       one = self.shots(grad, layout, own["left"][leaf.path], mask)
       found.append(one.mean)
@@ -77,11 +78,9 @@ class Blockwise:
     own = {"left": left} | ({"seen": seen} if self.refresh else {})
     return found, own, inner, lost, whole
 
-  def _union(
-    self, grad: Array, layout: Layout, known: Array, count: Array
-  ) -> Array:
-    """Returns where the gradient of any device was not zero, now and then."""
-    look = lambda: _any(known | (layout.split(grad) != 0), self.axes.names)
+  def _union(self, wanted: Array, known: Array, count: Array) -> Array:
+    """Returns where any device had or has something to send."""
+    look = lambda: _any(known | (wanted != 0), self.axes.names)
     due = (count - self.start) % self.refresh == 0
     return jax.lax.cond(due, look, lambda: known)
 

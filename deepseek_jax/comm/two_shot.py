@@ -56,7 +56,7 @@ class TwoShot:
   def layout(self, part_shape: tuple[int, ...], dim: int | None) -> Layout:
     """Returns how the gradient is cut of a parameter, cut along `dim`."""
     parts = 1 if dim is None else self.axes.parts
-    copies = self.axes.parts * self.axes.copies // parts
+    copies = self.axes.devices // parts
     return Layout(part_shape, dim or 0, parts, copies, self.first.block)
 
   def init(self, layout: Layout) -> Errors:
