@@ -138,7 +138,7 @@ def asynchronous(
     if params is None:
       raise ValueError("params must be given: where workers start from.")
     clock, works, ready = _tick(state.clock, rates, lengths, max_staleness)
-    me = jax.lax.axis_index(axes.names)
+    me = axes.index
     before, begun = state.workers.arrays
     worker = workers_lib.step(inner, before, updates, works[me], extra_args)
 

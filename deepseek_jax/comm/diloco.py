@@ -246,7 +246,7 @@ class _Diloco:
     if self.local_steps is None:
       return True
     steps = jnp.asarray(self.local_steps)
-    mine = steps[jax.lax.axis_index(self.axes.names)]
+    mine = steps[self.axes.index]
     return count % self.period < mine
 
 
@@ -261,7 +261,7 @@ def plain(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
   axes = Axes.of(axis_name)
 
   def init_fn(params: PyTree) -> Any:
-    del params
+    leaves(axes, None, params)  # As every exchange, it refuses some.
     return PlainState(jnp.zeros((), jnp.float32))
 
   def update_fn(

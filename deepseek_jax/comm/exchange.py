@@ -188,7 +188,8 @@ def plain_bytes(leaf: Leaf, axes: Axes) -> float:
 
 def finite(grad: Array) -> Array:
   """Returns a gradient with zeros where it is not finite, or next to it."""
-  return jnp.where(jnp.abs(grad) < _LARGEST, grad, jnp.zeros_like(grad))
+  largest = min(_LARGEST, float(jnp.finfo(grad.dtype).max))
+  return jnp.where(jnp.abs(grad) <= largest, grad, jnp.zeros_like(grad))
 
 
 def leaves(axes: Axes, specs: PyTree | None, params: PyTree) -> list[Leaf]:

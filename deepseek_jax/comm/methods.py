@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from deepseek_jax.comm.axes import Axes
+from deepseek_jax.comm.codecs import pack, unpack
 from deepseek_jax.comm.exchange import Leaf
 from deepseek_jax.comm.layout import Layout
 from deepseek_jax.comm.two_shot import TwoShot
@@ -98,10 +99,6 @@ class Blockwise:
 
 def _any(bits: Array, names: tuple[str, ...]) -> Array:
   """Returns the union over devices of boolean chunks, sent as bits."""
-  places = jnp.asarray([1 << i for i in range(8)], jnp.uint8)
-  cut = bits.reshape(*bits.shape[:-1], -1, 8)
-  packed = jnp.sum(cut * places, -1, dtype=jnp.uint8)
-  every = jax.lax.all_to_all(packed, names, 0, 0, tiled=True)
+  every = jax.lax.all_to_all(pack(bits), names, 0, 0, tiled=True)
   own = jax.lax.reduce_or(every, (0,))
-  joined = jax.lax.all_gather(own, names)
-  return ((joined[..., None] & places) != 0).reshape(bits.shape)
+  return unpack(jax.lax.all_gather(own, names))

@@ -89,7 +89,7 @@ class TwoShot:
     codes = self.first.encode(wanted, mask)
     left = wanted - self.first.decode(codes, mask)
     received = _swap(codes, self.axes.names)
-    mine = None if mask is None else mask[jax.lax.axis_index(self.axes.names)]
+    mine = None if mask is None else mask[self.axes.index]
     spread = None if mine is None else jnp.broadcast_to(mine, wanted.shape)
     mean = jnp.mean(self.first.decode(received, spread), 0, keepdims=True)
     server = errors.server
