@@ -246,7 +246,7 @@ class _Diloco:
     if self.local_steps is None:
       return True
     steps = jnp.asarray(self.local_steps)
-    mine = steps[jax.lax.axis_index(self.axes.names)]
+    mine = steps[self.axes.index]
     return count % self.period < mine
 
 
@@ -299,7 +299,7 @@ def _check_steps(local_steps: Sequence[int] | None, period: int) -> None:
 
 
 def _check_workers(local_steps: Sequence[int] | None, axes: Axes) -> None:
-  count = axes.parts * axes.copies
+  count = axes.devices
   if local_steps is not None and len(local_steps) != count:
     raise ValueError(
       f"local_steps must have one number for each of {count} workers, got "

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float32
 
 from deepseek_jax.comm.axes import Axes, AxisName
-from deepseek_jax.comm.exchange import Leaf, mean, plain_bytes
+from deepseek_jax.comm.exchange import leaves, mean, plain_bytes
 from deepseek_jax.comm.state import ExchangeState
 from deepseek_jax.core.typing import PyTree
 
@@ -38,16 +38,16 @@ def float_all_reduce(
   axes = Axes.of(axis_name)
 
   def init_fn(params: PyTree) -> Any:
-    del params
+    leaves(axes, None, params)  # As every exchange, it refuses some.
     return PlainState(jnp.zeros((), jnp.float32))
 
   def update_fn(
     updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
   ) -> tuple[PyTree, Any]:
     del state, params, extra_args
-    leaves, structure = jax.tree.flatten(updates)
-    parts = [Leaf(i, "", x.shape, None) for i, x in enumerate(leaves)]
-    found = [mean(x, part, axes) for x, part in zip(leaves, parts, strict=True)]
+    grads, structure = jax.tree.flatten(updates)
+    parts = leaves(axes, None, updates)
+    found = [mean(x, part, axes) for x, part in zip(grads, parts, strict=True)]
     sent = sum(plain_bytes(part, axes) for part in parts)
     return structure.unflatten(found), PlainState(
       jnp.asarray(sent, jnp.float32)
