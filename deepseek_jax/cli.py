@@ -22,7 +22,11 @@ import tyro
 from deepseek_jax.experiment_file import configured, load_experiment
 
 if TYPE_CHECKING:
+  from deepseek_jax.train.config import Experiment
   from deepseek_jax.train.result import Result
+
+# In which several processes have to read the experiment.
+_START_SECONDS = 600
 
 OK, BAD_INPUT, NON_FINITE, NOT_WRITTEN, STOPPED = 0, 2, 3, 4, 75
 
@@ -108,20 +112,35 @@ def train(
 
   # Before the file is read: what it does may ask for the devices.
   parallel.initialize()
-  flags = [flag for flag in overrides if flag != "--dry-run"]
-  experiment = configured(file, flags, prog="deepseek-jax train", epilog=_HELP)
-  if len(flags) < len(overrides):
+  from deepseek_jax.train.processes import watched
+
+  with watched(_START_SECONDS):
+    flags = [flag for flag in overrides if flag != "--dry-run"]
+    experiment = configured(
+      file, flags, prog="deepseek-jax train", epilog=_HELP
+    )
+    if len(flags) == len(overrides):
+      return _train(experiment)
     from deepseek_jax.train.plan import Plan, devices_for
 
     devices = devices_for(experiment.mesh)
     print(Plan.of(experiment).dry_run(devices))
     return OK
-  from deepseek_jax.train.processes import of_first, watched
 
-  with watched(experiment.train.watchdog_seconds):
+
+def _train(experiment: "Experiment") -> int:
+  """Trains, and tells how it went."""
+  from deepseek_jax.train.processes import of_first, pause, watched
+
+  with watched(experiment.train.watchdog_seconds) as watchdog:
     result = experiment.run()
+
+    def tell():
+      with pause(watchdog, "writing the report"):
+        _tell(result, experiment.summary(result.workdir))
+
     # The others wait: who ends ends the connections of all.
-    of_first(lambda: _tell(result, experiment.summary(result.workdir)))
+    of_first(tell)
   return _exit_code(result)
 
 

@@ -36,7 +36,8 @@ class MixtureOfExperts(nnx.Module):
   * "bias": scores get a bias when experts are chosen, which rises by
     `bias_rate` a call for those below the mean load and falls for those above.
     It is a variable of its own type, no parameter: optimizers do not see it,
-    and it rests in evaluation mode. It asks nothing of the gradient.
+    and it rests in evaluation mode. It asks nothing of the gradient; but a
+    given `auxiliary_weight` adds the loss below, and both work together.
   * "auxiliary": `balance_loss` times `auxiliary_weight` is added to the loss.
     It reaches the gradient without being returned, see `with_loss` there for
     micro-batches.
@@ -74,7 +75,8 @@ class MixtureOfExperts(nnx.Module):
     gate: "sigmoid" or "softmax", see `route`.
     balance: "bias", "auxiliary" or "none".
     bias_rate: of the bias, a call; above 0.
-    auxiliary_weight: of the auxiliary loss, at least 0.
+    auxiliary_weight: of the auxiliary loss, at least 0; None for 0.01 where
+      it alone balances, and 0 elsewhere.
     dtype: of the computation and the result; parameters are float32.
     rngs: stream "params".
 
@@ -102,8 +104,8 @@ class MixtureOfExperts(nnx.Module):
     capacity_factor: int | float | None = None,
     gate: Gate = "sigmoid",
     balance: Balance = "bias",
-    bias_rate: int | float = 0.001,
-    auxiliary_weight: int | float = 0.01,
+    bias_rate: int | float = 0.005,
+    auxiliary_weight: int | float | None = None,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -111,6 +113,13 @@ class MixtureOfExperts(nnx.Module):
     checks.require_choice(("sigmoid", "softmax"), gate=gate)
     checks.require_choice(("bias", "auxiliary", "none"), balance=balance)
     arguments.require_in("(0, inf)", bias_rate=bias_rate)
+    if auxiliary_weight is None:
+      auxiliary_weight = 0.01 if balance == "auxiliary" else 0.0
+    elif balance == "none":
+      raise ValueError(
+        "auxiliary_weight is for balance 'bias' or 'auxiliary', got "
+        f"{auxiliary_weight} for {balance=}."
+      )
     arguments.require_in("[0, inf)", auxiliary_weight=auxiliary_weight)
     self.experts = ExpertBank(
       features, hidden, num_experts, activation=activation, dtype=dtype,
@@ -162,7 +171,7 @@ class MixtureOfExperts(nnx.Module):
       self.bias[...] = moved_bias(
         self.bias[...], routing.counts, self.bias_rate
       )
-    if self.balance == "auxiliary":
+    if self.auxiliary_weight:
       loss = balance_loss(routing.shares, routing.counts)
       y = with_loss(y, self.auxiliary_weight * loss)
     return y

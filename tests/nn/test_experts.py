@@ -287,11 +287,16 @@ def test_what_balances_is_no_parameter_and_rests_in_evaluation(balance):
 
 
 @pytest.mark.parametrize(
-  "gate", ["sigmoid", pytest.param("softmax", marks=slow)]
+  ("gate", "balance"),
+  [
+    ("sigmoid", "bias"),
+    pytest.param("softmax", "auxiliary", marks=slow),
+    pytest.param("sigmoid", "auxiliary", marks=slow),
+  ],
 )
-def test_the_auxiliary_gradient_is_that_of_the_explicit_loss(gate):
+def test_the_auxiliary_gradient_is_that_of_the_explicit_loss(gate, balance):
   weight, x = 0.7, normal(2, 40, FEATURES)
-  layer = build(balance="auxiliary", auxiliary_weight=weight, gate=gate)
+  layer = build(balance=balance, auxiliary_weight=weight, gate=gate)
   structure, params, rest = state_lib.split(layer)
 
   @jax.jit
@@ -389,6 +394,10 @@ WRONG = {
   "auxiliary_weight": (
     {"auxiliary_weight": -1.0},
     r"^auxiliary_weight must be in \[0, inf\).*-1.0",
+  ),
+  "nothing to weight": (
+    {"balance": "none", "auxiliary_weight": 0.1},
+    "^auxiliary_weight is for balance 'bias' or 'auxiliary', got 0.1",
   ),
   "activation with a state": (
     {"activation": "target_sparse_relu"},
