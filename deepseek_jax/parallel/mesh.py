@@ -114,9 +114,14 @@ def make_mesh(
     devices: Which devices; all there are if None.
 
   Raises:
-    ValueError: If the sizes do not fit the devices, or no axis can cross the
-      slow network.
+    ValueError: If the sizes do not fit the devices, no axis can cross the slow
+      network, or `spec` is no `MeshSpec`.
   """
+  if not (spec is None or isinstance(spec, MeshSpec)):
+    raise ValueError(
+      "spec must be a MeshSpec or None, such as MeshSpec(fsdp=8), got "
+      f"{spec!r}."
+    )
   devices = jax.devices() if devices is None else list(devices)
   spec = (spec or MeshSpec()).resolve(len(devices))
   placed = place_devices(spec, devices)
