@@ -54,6 +54,14 @@ class MixtureOfExperts(nnx.Module):
   None nothing is dropped, and E / `top_k` times the bytes travel, nearly all of
   them empty: for tests. Without that axis nothing is ever dropped.
 
+  The mesh is the current one, `jax.set_mesh(mesh)` around the call, or
+  `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)` while tracing; JAX's
+  deprecated `with mesh:` makes none current, nor does where arrays lie.
+
+  In training mode a call changes variables, which NNX forbids under `jax.vmap`:
+  map `layer.eval()`. Some are whole numbers: in NNX's tree mode, which has no
+  `nnx.DiffState`, write `nnx.grad(loss, allow_int=True)`.
+
   Parameters: `router/kernel` [D, E], `experts/gate` and `experts/up` [E, D, H],
   `experts/down` [E, H, D], and those of a `GatedFeedForward` in `shared`. Rules
   of placement cut E over "expert" and H over "tensor".
@@ -61,6 +69,14 @@ class MixtureOfExperts(nnx.Module):
   >>> layer = MixtureOfExperts(16, 32, 8, rngs=nnx.Rngs(0))
   >>> layer(jnp.ones((2, 5, 16))).shape
   (2, 5, 16)
+  >>> from deepseek_jax import parallel
+  >>> mesh = parallel.make_mesh(
+  ...   parallel.MeshSpec(data=1, expert=2), jax.devices()[:2]
+  ... )
+  >>> with jax.set_mesh(mesh):
+  ...   y = nnx.jit(lambda layer, x: layer(x))(layer, jnp.ones((2, 5, 16)))
+  >>> tuple(y.sharding.spec)
+  ('expert',)
 
   Args:
     features: D, size of a token, of inputs and outputs, at least 1.
@@ -157,7 +173,15 @@ class MixtureOfExperts(nnx.Module):
     self.deterministic = False
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Returns the tokens' images."""
+    """Returns the tokens' images.
+
+    Args:
+      x: tokens, at least one.
+
+    Raises:
+      ValueError: there are none, they are not of size D, or the mesh's axis
+        "expert" does not divide the experts.
+    """
     routing = self.route(x)
     y, dropped = self.experts(
       x, routing.chosen, routing.weights, self.capacity_factor
@@ -177,7 +201,20 @@ class MixtureOfExperts(nnx.Module):
     return y
 
   def route(self, x: Float[Array, "*B D"]) -> Routing:
-    """Returns the experts of every token, and their weights."""
+    """Returns the experts of every token, and their weights.
+
+    Args:
+      x: tokens, at least one.
+
+    Raises:
+      ValueError: there are none, or they are not of size D.
+    """
+    features = self.router.in_features
+    if jnp.shape(x)[-1:] != (features,) or not jnp.size(x):
+      raise ValueError(
+        f"x must be tokens of {features} features, [..., {features}], at least "
+        f"one, got shape {jnp.shape(x)}."
+      )
     bias = None if self.bias is None else self.bias[...]
     logits = self.router(x.astype(jnp.float32))
     return route(logits, self.top_k, gate=self.gate, bias=bias)
