@@ -6,7 +6,6 @@ SIGINT after writing a checkpoint, run the same command again to go on.
 """
 
 import argparse
-import difflib
 import functools
 import inspect
 import json
@@ -19,10 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from deepseek_jax import command_words
 from deepseek_jax.experiment_file import configured, load_experiment
 
 if TYPE_CHECKING:
+  from deepseek_jax.train.config import Experiment
   from deepseek_jax.train.result import Result
+
+# In which several processes have to read the experiment.
+_START_SECONDS = 600
 
 OK, BAD_INPUT, NON_FINITE, NOT_WRITTEN, STOPPED = 0, 2, 3, 4, 75
 
@@ -32,7 +36,11 @@ _EXIT_CODES = (
 )
 
 
-_HELP = f"--dry-run only prints what a step needs.\n\n{_EXIT_CODES}"
+_HELP = (
+  "--dry-run trains nothing: it reads the data set (prepares it if missing), "
+  "compiles the training step alone, and prints what that needs.\n\n"
+  f"{_EXIT_CODES}"
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -54,16 +62,17 @@ def main(args: Sequence[str] | None = None) -> int:
     "launch": launch,
     "preflight": preflight,
   }
-  _check_command(args, commands)
   try:
-    # `train FILE` has the flags of FILE's experiment, which tyro cannot know
-    # before the file is read.
-    if args[:1] == ["train"] and len(args) > 1 and args[1][:1] != "-":
-      return train(pathlib.Path(args[1]), args[2:])
-    if args[:1] == ["preflight"] and len(args) > 1 and args[1][:1] != "-":
-      return _preflight(pathlib.Path(args[1]), args[2:])
+    command_words.check_command(args, commands)
     if args[:1] == ["launch"]:
       return _launch(args[1:])
+    if args[:1] == ["train"]:
+      args[1:] = command_words.of_train(args[1:])
+    # `train FILE` has the flags of FILE's experiment, which tyro cannot know
+    # before the file is read.
+    of_file = {"train": train, "preflight": _preflight}
+    if len(args) > 1 and args[1][:1] != "-" and args[0] in of_file:
+      return of_file[args[0]](pathlib.Path(args[1]), args[2:])
     return tyro.extras.subcommand_cli_from_dict(
       commands,
       prog="deepseek-jax",
@@ -97,8 +106,9 @@ def train(
 
   Every field of the experiment is a flag: `deepseek-jax train FILE.py --help`
   lists them with their defaults, `--train.epochs 5` sets one. With `--dry-run`
-  nothing is allocated: it compiles the step and prints parameters, memory and
-  bytes on the wire; more devices than there are, are fake ones.
+  nothing is trained: it reads the data set (prepares it if missing), compiles
+  the training step alone, and prints parameters, memory and bytes on the wire;
+  where there are other devices than the mesh asks for, for fake ones.
 
   Args:
     file: A Python file that defines `experiment`.
@@ -106,22 +116,39 @@ def train(
   """
   from deepseek_jax import parallel
 
-  # Before the file is read: what it does may ask for the devices.
+  # Before the file is read: what it does may ask for the devices. The flags are
+  # for a process that is alone, too, with many devices.
+  parallel.set_xla_flags()
   parallel.initialize()
-  flags = [flag for flag in overrides if flag != "--dry-run"]
-  experiment = configured(file, flags, prog="deepseek-jax train", epilog=_HELP)
-  if len(flags) < len(overrides):
+  from deepseek_jax.train.processes import watched
+
+  with watched(_START_SECONDS):
+    flags = [flag for flag in overrides if flag != "--dry-run"]
+    experiment = configured(
+      file, flags, prog="deepseek-jax train", epilog=_HELP
+    )
+    if len(flags) == len(overrides):
+      return _train(experiment)
     from deepseek_jax.train.plan import Plan, devices_for
 
-    devices = devices_for(experiment.mesh)
-    print(Plan.of(experiment).dry_run(devices))
+    devices, here = devices_for(experiment.mesh)
+    print(Plan.of(experiment).dry_run(devices, here))
     return OK
-  from deepseek_jax.train.processes import of_first, watched
 
-  with watched(experiment.train.watchdog_seconds):
+
+def _train(experiment: "Experiment") -> int:
+  """Trains, and tells how it went."""
+  from deepseek_jax.train.processes import of_first, pause, watched
+
+  with watched(experiment.train.watchdog_seconds) as watchdog:
     result = experiment.run()
+
+    def tell():
+      with pause(watchdog, "writing the report"):
+        _tell(result, experiment.summary(result.workdir))
+
     # The others wait: who ends ends the connections of all.
-    of_first(lambda: _tell(result, experiment.summary(result.workdir)))
+    of_first(tell)
   return _exit_code(result)
 
 
@@ -277,16 +304,11 @@ def launch(
 
 
 def _launch(args: Sequence[str]) -> int:
-  """Cuts the words of `launch` behind FILE: the rest are flags of `train`."""
-  end = len(args)
-  for i, word in enumerate(args):
-    before = args[i - 1] if i else ""
-    if word[:1] != "-" and (before[:1] != "-" or "=" in before):
-      end = i + 1
-      break
+  """Cuts the words of `launch` in its own and those of `train`."""
+  own, flags = command_words.of_launch(args)
   return tyro.cli(
-    functools.partial(launch, flags=args[end:]),
-    args=args[:end],
+    functools.partial(launch, flags=flags),
+    args=own,
     prog="deepseek-jax launch",
     description=inspect.cleandoc(launch.__doc__ or "").partition("\n\nArgs")[0],
   )
@@ -331,6 +353,7 @@ def preflight(
 
 def _preflight(file: pathlib.Path, words: Sequence[str]) -> int:
   """Cuts the words of `preflight` in its own and those of the experiment."""
+  command_words.check_topology(words)
   parser = argparse.ArgumentParser(
     prog="deepseek-jax preflight FILE",
     description=inspect.getdoc(preflight),
@@ -344,25 +367,6 @@ def _preflight(file: pathlib.Path, words: Sequence[str]) -> int:
   if "--help" in words:
     parser.print_help()
   return preflight(file, own.topology or "v5e:2x2", own.scaling, flags)
-
-
-def _check_command(args: Sequence[str], commands: dict) -> None:
-  """Ends the process when the first word is no command; names the nearest."""
-  if not args or args[0].startswith("-") or args[0] in commands:
-    return
-  near = difflib.get_close_matches(args[0], commands, n=1)
-  hint = f" Did you mean {near[0]!r}?" if near else ""
-  print(
-    f"deepseek-jax: unknown command {args[0]!r}, known are "
-    f"{', '.join(commands)}.{hint}",
-    file=sys.stderr,
-  )
-  raise SystemExit(BAD_INPUT)
-
-
-def _print_metrics(metrics: dict[str, float]) -> None:
-  for name, value in metrics.items():
-    print(f"{name:22} {value:.4f}")
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from deepseek_jax import cli
+from deepseek_jax.parallel import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "experiments" / "digits.py")
@@ -112,6 +113,23 @@ def test_help_lists_flags_with_their_defaults(capsys):
   assert "--train.epochs" in text
   assert "default: 40" in text
   assert "exit codes" in text
+  assert "prepares it if missing" in " ".join(text.replace("│", "").split())
+
+
+def test_a_single_process_gets_the_compilers_flags_before_its_file_is_read(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(xla_flags, "_used", lambda platform: platform == "tpu")
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--mine=1")
+  file = tmp_path / "flags.py"
+  file.write_text(
+    "import os, pathlib\n"
+    "told = pathlib.Path(__file__).with_suffix('.txt')\n"
+    "told.write_text(os.environ['LIBTPU_INIT_ARGS'])\n"
+  )
+  assert cli.main(["train", str(file)]) == cli.BAD_INPUT
+  words = file.with_suffix(".txt").read_text().split()
+  assert words == ["--mine=1", *xla_flags.flags("tpu").split()]
 
 
 def test_top_help_lists_commands(capsys):
@@ -130,6 +148,12 @@ def test_top_help_lists_commands(capsys):
     (["train", "absent.py"], "no experiment file 'absent.py'"),
     (["evaluate", "absent"], "run.json cannot be read"),
     (["report", "absent"], "absent"),
+    (["train", "--dry-run", "absent.py"], "no experiment file 'absent.py'"),
+    (["train", "--seed", "1", DIGITS], "FILE must come before its flags"),
+    (["launch", DIGITS, "-n", "2"], "-n must come before FILE"),
+    (["launch", DIGITS, "--num-processes=2"], "must come before FILE"),
+    (["launch", "-n", "0", DIGITS], "at least 1, got num_processes=0.\n"),
+    (["preflight", DIGITS, "--topolgy", "x"], "did you mean '--topology'?"),
     (
       ["train", DIGITS, "--data.name", "digit", "--workdir", "unused"],
       "did you mean 'digits'",

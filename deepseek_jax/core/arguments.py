@@ -73,13 +73,21 @@ def require_static(least: int, /, **arguments: Any) -> None:
 
   Raises:
     ValueError: At the first that is too small or no integer.
+
+  >>> require_static(1, num_processes=0)
+  Traceback (most recent call last):
+  ...
+  ValueError: num_processes must be an integer, at least 1, got num_processes=0.
   """
   for name, value in arguments.items():
     is_integer = is_number(value) and isinstance(value, int | np.integer)
     if not (is_integer and value >= least):
+      # What `optax.inject_hyperparams` makes of a number.
+      injected = isinstance(value, jax.Array | np.ndarray | float)
+      hint = " Under optax.inject_hyperparams it belongs to static_args."
       raise ValueError(
-        f"{name} must be an integer, at least {least}, got {name}={value!r}. "
-        "Under optax.inject_hyperparams it belongs to static_args."
+        f"{name} must be an integer, at least {least}, got {name}={value!r}."
+        f"{hint if injected else ''}"
       )
 
 

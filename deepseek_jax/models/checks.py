@@ -1,5 +1,7 @@
 """Errors for what no language model can be built from or read."""
 
+import difflib
+import inspect
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Integer
 
+from deepseek_jax import nn
 from deepseek_jax.nn import checks
 
 _OF_THE_MODEL = (
@@ -52,6 +55,39 @@ def check_attention(
       raise ValueError(
         f"attention_options must not have {name}, which is the same in all "
         f"layers of a language model, got {name}={(options or {})[name]!r}."
+      )
+  check_names("attention_options", options, nn.DynamicAttention, _OF_THE_MODEL)
+
+
+def check_names(
+  argument: str,
+  options: Mapping[str, Any] | None,
+  kind: type,
+  given: Sequence[str],
+) -> None:
+  """Raises `ValueError` for options that a module does not take.
+
+  >>> class Window:
+  ...   def __init__(self, window, rngs): ...
+  >>> check_names("options", {"windw": 3}, Window, given=["rngs"])
+  Traceback (most recent call last):
+  ...
+  ValueError: options must be of window, got 'windw'; did you mean 'window'?
+
+  Args:
+    argument: What the options are called.
+    options: Arguments of the module.
+    kind: The module's class.
+    given: Arguments that it gets from elsewhere.
+  """
+  named = inspect.signature(kind.__init__).parameters
+  known = [name for name in named if name not in ("self", *given)]
+  for name in options or {}:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+      raise ValueError(
+        f"{argument} must be of {', '.join(known)}, got {name!r}; did you mean "
+        f"{near[0]!r}?"
       )
 
 

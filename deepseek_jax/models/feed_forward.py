@@ -7,6 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deepseek_jax import nn
+from deepseek_jax.models.checks import check_names
 
 _OF_THE_MODEL = (
   "features", "hidden", "num_experts", "activation", "dtype", "rngs",
@@ -89,3 +90,4 @@ def _check(
         f"experts_options must not have {name}, which the model gives, got "
         f"{name}={(options or {})[name]!r}."
       )
+  check_names("experts_options", options, nn.MixtureOfExperts, _OF_THE_MODEL)

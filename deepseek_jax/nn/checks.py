@@ -10,7 +10,7 @@ def require_positive(**sizes: int) -> None:
   ValueError: features must be an integer of at least 1, got features=0.
   """
   for name, size in sizes.items():
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
       raise ValueError(
         f"{name} must be an integer of at least 1, got {name}={size!r}."
       )

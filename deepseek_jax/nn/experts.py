@@ -36,7 +36,8 @@ class MixtureOfExperts(nnx.Module):
   * "bias": scores get a bias when experts are chosen, which rises by
     `bias_rate` a call for those below the mean load and falls for those above.
     It is a variable of its own type, no parameter: optimizers do not see it,
-    and it rests in evaluation mode. It asks nothing of the gradient.
+    and it rests in evaluation mode. It asks nothing of the gradient; but a
+    given `auxiliary_weight` adds the loss below, and both work together.
   * "auxiliary": `balance_loss` times `auxiliary_weight` is added to the loss.
     It reaches the gradient without being returned, see `with_loss` there for
     micro-batches.
@@ -53,6 +54,14 @@ class MixtureOfExperts(nnx.Module):
   None nothing is dropped, and E / `top_k` times the bytes travel, nearly all of
   them empty: for tests. Without that axis nothing is ever dropped.
 
+  The mesh is the current one, `jax.set_mesh(mesh)` around the call, or
+  `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)` while tracing; JAX's
+  deprecated `with mesh:` makes none current, nor does where arrays lie.
+
+  In training mode a call changes variables, which NNX forbids under `jax.vmap`:
+  map `layer.eval()`. Some are whole numbers: in NNX's tree mode, which has no
+  `nnx.DiffState`, write `nnx.grad(loss, allow_int=True)`.
+
   Parameters: `router/kernel` [D, E], `experts/gate` and `experts/up` [E, D, H],
   `experts/down` [E, H, D], and those of a `GatedFeedForward` in `shared`. Rules
   of placement cut E over "expert" and H over "tensor".
@@ -60,6 +69,14 @@ class MixtureOfExperts(nnx.Module):
   >>> layer = MixtureOfExperts(16, 32, 8, rngs=nnx.Rngs(0))
   >>> layer(jnp.ones((2, 5, 16))).shape
   (2, 5, 16)
+  >>> from deepseek_jax import parallel
+  >>> mesh = parallel.make_mesh(
+  ...   parallel.MeshSpec(data=1, expert=2), jax.devices()[:2]
+  ... )
+  >>> with jax.set_mesh(mesh):
+  ...   y = nnx.jit(lambda layer, x: layer(x))(layer, jnp.ones((2, 5, 16)))
+  >>> tuple(y.sharding.spec)
+  ('expert',)
 
   Args:
     features: D, size of a token, of inputs and outputs, at least 1.
@@ -74,7 +91,8 @@ class MixtureOfExperts(nnx.Module):
     gate: "sigmoid" or "softmax", see `route`.
     balance: "bias", "auxiliary" or "none".
     bias_rate: of the bias, a call; above 0.
-    auxiliary_weight: of the auxiliary loss, at least 0.
+    auxiliary_weight: of the auxiliary loss, at least 0; None for 0.01 where
+      it alone balances, and 0 elsewhere.
     dtype: of the computation and the result; parameters are float32.
     rngs: stream "params".
 
@@ -102,8 +120,8 @@ class MixtureOfExperts(nnx.Module):
     capacity_factor: int | float | None = None,
     gate: Gate = "sigmoid",
     balance: Balance = "bias",
-    bias_rate: int | float = 0.001,
-    auxiliary_weight: int | float = 0.01,
+    bias_rate: int | float = 0.005,
+    auxiliary_weight: int | float | None = None,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -111,6 +129,13 @@ class MixtureOfExperts(nnx.Module):
     checks.require_choice(("sigmoid", "softmax"), gate=gate)
     checks.require_choice(("bias", "auxiliary", "none"), balance=balance)
     arguments.require_in("(0, inf)", bias_rate=bias_rate)
+    if auxiliary_weight is None:
+      auxiliary_weight = 0.01 if balance == "auxiliary" else 0.0
+    elif balance == "none":
+      raise ValueError(
+        "auxiliary_weight is for balance 'bias' or 'auxiliary', got "
+        f"{auxiliary_weight} for {balance=}."
+      )
     arguments.require_in("[0, inf)", auxiliary_weight=auxiliary_weight)
     self.experts = ExpertBank(
       features, hidden, num_experts, activation=activation, dtype=dtype,
@@ -148,7 +173,15 @@ class MixtureOfExperts(nnx.Module):
     self.deterministic = False
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Returns the tokens' images."""
+    """Returns the tokens' images.
+
+    Args:
+      x: tokens, at least one.
+
+    Raises:
+      ValueError: there are none, they are not of size D, or the mesh's axis
+        "expert" does not divide the experts.
+    """
     routing = self.route(x)
     y, dropped = self.experts(
       x, routing.chosen, routing.weights, self.capacity_factor
@@ -162,13 +195,26 @@ class MixtureOfExperts(nnx.Module):
       self.bias[...] = moved_bias(
         self.bias[...], routing.counts, self.bias_rate
       )
-    if self.balance == "auxiliary":
+    if self.auxiliary_weight:
       loss = balance_loss(routing.shares, routing.counts)
       y = with_loss(y, self.auxiliary_weight * loss)
     return y
 
   def route(self, x: Float[Array, "*B D"]) -> Routing:
-    """Returns the experts of every token, and their weights."""
+    """Returns the experts of every token, and their weights.
+
+    Args:
+      x: tokens, at least one.
+
+    Raises:
+      ValueError: there are none, or they are not of size D.
+    """
+    features = self.router.in_features
+    if jnp.shape(x)[-1:] != (features,) or not jnp.size(x):
+      raise ValueError(
+        f"x must be tokens of {features} features, [..., {features}], at least "
+        f"one, got shape {jnp.shape(x)}."
+      )
     bias = None if self.bias is None else self.bias[...]
     logits = self.router(x.astype(jnp.float32))
     return route(logits, self.top_k, gate=self.gate, bias=bias)

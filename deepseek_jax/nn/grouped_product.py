@@ -50,8 +50,10 @@ def grouped_product(
     matrices: one a group.
     counts: blocks of every group.
   """
+  # JAX has no `vmap` of a ragged product whose groups are mapped, too.
+  ragged = jax.custom_batching.sequential_vmap(_ragged)
   return jax.lax.platform_dependent(
-    x, matrices, counts, tpu=_ragged, default=_blocked
+    x, matrices, counts, tpu=ragged, default=_blocked
   )
 
 

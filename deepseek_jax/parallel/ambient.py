@@ -1,6 +1,7 @@
 """The mesh that is being traced for, as modules see it.
 
-A step is traced under `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`.
+A step is traced under `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`, or
+called under `jax.set_mesh(mesh)`; `with mesh:` makes no mesh current.
 Modules never hold a mesh: they ask here for the sizes of its axes, and get 1
 where there is none, so that the same code runs on one device.
 """
@@ -12,6 +13,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
+from deepseek_jax.core.typing import PyTree
 from deepseek_jax.parallel.mesh import BATCH_AXES
 
 Axes = str | Sequence[str] | None
@@ -85,6 +87,33 @@ def constrain(x: Array, *dims: Axes) -> Array:
   fitting = [fitting_axes(axes, size) for axes, size in zip(dims, x.shape)]  # noqa: B905
   spec = PartitionSpec(*(axes or None for axes in fitting))
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def require_current_mesh(axis: str, **trees: PyTree) -> None:
+  """Refuses arrays that lie on a mesh while none is current.
+
+  Nobody asks where arrays lie: what should share the work over an axis would
+  silently do all of it on every device.
+
+  Args:
+    axis: Only meshes with several devices along it matter.
+    **trees: Arrays, traced or not.
+
+  Raises:
+    ValueError: Naming the argument.
+  """
+  if not jax.sharding.get_abstract_mesh().empty:
+    return
+  for name, tree in trees.items():
+    for leaf in jax.tree.leaves(tree):
+      # Types know their mesh while a function is traced, too.
+      mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+      size = 1 if mesh is None else dict(mesh.shape).get(axis, 1)
+      if size > 1:
+        raise ValueError(
+          f"{name} must not lie on a mesh while none is current, got a mesh "
+          f"with {axis}={size}: call it within jax.set_mesh(mesh)."
+        )
 
 
 def _free(mesh: jax.sharding.AbstractMesh) -> set[str]:

@@ -137,12 +137,15 @@ def parse(compiled: Any) -> Program:
   Raises:
     ValueError: if there is no text, or it is no program.
   """
-  text = compiled if isinstance(compiled, str) else compiled.as_text()
+  text = compiled
+  if not isinstance(compiled, str):
+    text = getattr(compiled, "as_text", str)()
   lines = (text or "").splitlines()
   if not lines or not lines[0].startswith("HloModule"):
+    begins = f" that begins with {text[:40]!r}" if text else ""
     raise ValueError(
-      "compiled must be a compiled function or the text of its HloModule, got "
-      f"{type(compiled).__name__} that begins with {(text or '')[:40]!r}."
+      "compiled must be what jax.jit(f).lower(...).compile() gives, or the "
+      f"text of its HloModule, got {type(compiled).__name__}{begins}."
     )
   computations, entry = _computations(lines)
   if entry is None:

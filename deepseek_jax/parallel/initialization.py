@@ -37,8 +37,9 @@ def initialize(
   Unlike `jax.distributed.initialize` it finds out who is missing before it
   starts what cannot be interrupted, so that every process ends with one line
   that says so; lets an ended process go after seconds, not minutes; and lets
-  only rank 0 log below the level of warnings. As there, a SIGTERM to one of
-  them is a notice to all, see
+  only rank 0 log below the level of warnings. It calls `set_xla_flags`; who is
+  alone, with many devices, does so before. As there, a SIGTERM to one of them
+  is a notice to all, see
   `jax.experimental.multihost_utils.reached_preemption_sync_point`.
 
   >>> initialize().count

@@ -36,8 +36,9 @@ def launch(
 
   Each has its place in the job in the variables that `initialize` reads. Their
   lines come out with the rank before them. SIGTERM and SIGINT go to all of
-  them. When one fails, the others have some seconds to find out and say so;
-  then they are ended. None outlives this process, nor do their children.
+  them, and a second one ends them at once. When one fails, the others have some
+  seconds to find out and say so; then they are ended. None outlives this
+  process, nor do their children.
 
   >>> launch(["true"], 2)
   0
@@ -116,6 +117,7 @@ class _Job:
 
   def __init__(self, grace_seconds: int | float):
     self._grace = grace_seconds
+    self._told = False
     self._children: list[_Child] = []
     self._ended: dict[int, int] = {}
     self._lock = threading.Lock()
@@ -154,6 +156,11 @@ class _Job:
     """Sends a signal to all processes that still run."""
     for child in self._children:
       child.signal(number)
+
+  def pass_on(self, number: int) -> None:
+    """Sends what this process was sent; a second time they have to end."""
+    self.signal(signal.SIGKILL if self._told else number)
+    self._told = True
 
   def wait(self) -> int:
     """Waits until all have ended; ends them when one has failed."""
@@ -229,7 +236,7 @@ def _forward_signals(job: _Job) -> dict[int, Any]:
   if threading.current_thread() is not threading.main_thread():
     return {}  # Python allows no handlers there.
   return {
-    number: signal.signal(number, lambda number, frame: job.signal(number))
+    number: signal.signal(number, lambda number, frame: job.pass_on(number))
     for number in _FORWARDED
   }
 

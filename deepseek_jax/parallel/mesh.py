@@ -84,8 +84,7 @@ class MeshSpec:
       ValueError: If the sizes do not multiply to the number of devices.
     """
     known = math.prod(size for size in self.sizes.values() if size != -1)
-    rest = num_devices // known
-    if known * (rest if self._open else 1) != num_devices or rest < 1:
+    if not self.fits(num_devices):
       told = [f"{k}={n}" for k, n in self.sizes.items() if n not in (1, -1)]
       rule = "must divide" if self._open else "must be"
       raise ValueError(
@@ -93,7 +92,18 @@ class MeshSpec:
         f"devices, got {' * '.join(told) or '1'} = {known} for {num_devices} "
         "devices."
       )
+    rest = num_devices // known
     return dataclasses.replace(self, **dict.fromkeys(self._open, rest))
+
+  def fits(self, num_devices: int) -> bool:
+    """Says whether so many devices can be shared out in this way.
+
+    >>> MeshSpec(fsdp=4).fits(8), MeshSpec(fsdp=4).fits(6)
+    (True, False)
+    """
+    known = math.prod(size for size in self.sizes.values() if size != -1)
+    rest = num_devices % known if self._open else num_devices - known
+    return num_devices >= known and rest == 0
 
 
 def make_mesh(
@@ -114,9 +124,14 @@ def make_mesh(
     devices: Which devices; all there are if None.
 
   Raises:
-    ValueError: If the sizes do not fit the devices, or no axis can cross the
-      slow network.
+    ValueError: If the sizes do not fit the devices, no axis can cross the slow
+      network, or `spec` is no `MeshSpec`.
   """
+  if not (spec is None or isinstance(spec, MeshSpec)):
+    raise ValueError(
+      "spec must be a MeshSpec or None, such as MeshSpec(fsdp=8), got "
+      f"{spec!r}."
+    )
   devices = jax.devices() if devices is None else list(devices)
   spec = (spec or MeshSpec()).resolve(len(devices))
   placed = place_devices(spec, devices)

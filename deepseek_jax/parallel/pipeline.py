@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from deepseek_jax.core.arguments import require_one_of, require_static
 from deepseek_jax.core.typing import PyTree
-from deepseek_jax.parallel.ambient import axis_size
+from deepseek_jax.parallel.ambient import axis_size, require_current_mesh
 from deepseek_jax.parallel.microbatches import (
   check_rows,
   choose_microbatches,
@@ -35,7 +36,16 @@ def storage_order(num_layers: int, repeats: int = 1) -> list[int]:
 
   >>> storage_order(6, repeats=2)
   [0, 3, 1, 4, 2, 5]
+
+  Args:
+    num_layers: at least 1.
+    repeats: R, groups of layers that a stage holds; divides the layers.
+
+  Raises:
+    ValueError: If a number is out of its range, or R does not divide.
   """
+  require_static(1, num_layers=num_layers, repeats=repeats)
+  check_layers(num_layers, 1, repeats)
   a_round = num_layers // repeats
   return [r * a_round + c for c in range(a_round) for r in range(repeats)]
 
@@ -58,6 +68,10 @@ def pipeline(
   same without anybody to wait for. Call it under `jax.jit`. Gradients are those
   of reverse mode.
 
+  The mesh is the current one: that of `jax.set_mesh(mesh)` around the call, or
+  of `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)` while tracing. JAX's
+  deprecated `with mesh:` makes none current, nor does where arrays lie.
+
   Between stages travel micro-batches only, one in a tick: no device ever has
   the whole batch, and what comes out is cut over "stage" as well, so that all
   share in what comes behind. All other axes of the mesh work on as without.
@@ -72,6 +86,12 @@ def pipeline(
   >>> run = lambda w, x: pipeline(layer, w, x, microbatches=2)[0]
   >>> jax.eval_shape(run, jnp.ones(4), jnp.ones((8, 3))).shape
   (8, 3)
+  >>> from deepseek_jax.parallel import MeshSpec, make_mesh
+  >>> mesh = make_mesh(MeshSpec(data=1, stage=2), jax.devices()[:2])
+  >>> with jax.set_mesh(mesh):
+  ...   y = jax.jit(run)(jnp.ones(4), jnp.ones((8, 3)))
+  >>> tuple(y.sharding.spec)
+  ('stage',)
 
   Args:
     layer: (params, state, x, *shared) -> (x, state). What it gives has the
@@ -96,15 +116,22 @@ def pipeline(
 
   Raises:
     ValueError: If the layers do not divide over stages and repeats, or the rows
-      over micro-batches and the devices that rows are cut over.
+      over micro-batches and the devices that rows are cut over; if arrays are
+      missing or differ in their first size; or if parameters lie on a mesh with
+      stages and no mesh is current.
 
   References:
     see `Schedule`.
   """
+  require_one_of((False, True, "dots"), remat=remat)
   params, state, x = jax.tree.map(jnp.asarray, (params, state, x))
-  rows = jax.tree.leaves(x)[0].shape[0]
+  rows = _first_size("the rows of a batch", x=x)
+  layers = _first_size("layers", params=params)
+  if jax.tree.leaves(state):
+    _first_size("layers", params=params, state=state)
+  require_current_mesh("stage", params=params)
   schedule = _schedule(rows, microbatches, repeats)
-  check_layers(jax.tree.leaves(params)[0].shape[0], schedule.stages, repeats)
+  check_layers(layers, schedule.stages, repeats)
   own, whole, join = _sort(shared, rows)
 
   def apply(params, state, x, own, whole):
@@ -138,6 +165,29 @@ def check_layers(num_layers: int, stages: int, repeats: int) -> None:
       "the number of layers must be a multiple of stages * repeats = "
       f"{stages} * {repeats} = {stages * repeats}, got {num_layers}."
     )
+
+
+def _first_size(of: str, **trees: PyTree) -> int:
+  """Returns the size of the first axis, which must be that of all arrays."""
+  known = None
+  for name, tree in trees.items():
+    leaves = jax.tree.leaves_with_path(tree)
+    if not leaves:
+      raise ValueError(
+        f"{name} must have arrays whose first axis is that of {of}, got "
+        f"{name}={tree!r}."
+      )
+    for keys, leaf in leaves:
+      path = jax.tree_util.keystr(keys, simple=True, separator="/")
+      place = f"{name}/{path}" if path else name
+      if not leaf.ndim or (known and leaf.shape[0] != known[1]):
+        also = f" beside {known[1]} of {known[0]}" if known else ""
+        raise ValueError(
+          f"all arrays of {' and '.join(trees)} must have as many {of}, got "
+          f"shape {leaf.shape} at {place!r}{also}."
+        )
+      known = known or (place, leaf.shape[0])
+  return known[1] if known else 0
 
 
 def _schedule(rows: int, microbatches: int | None, repeats: int) -> Schedule:

@@ -59,9 +59,7 @@ class Progress:
     pause_seconds: int | float,
   ):
     self._clock = clock
-    self._seconds = seconds
-    self._start_seconds = start_seconds
-    self._pause_seconds = pause_seconds
+    self.set_limits(seconds, start_seconds, pause_seconds)
     thread = threading.current_thread()
     self._thread = (thread.ident or 0, thread.native_id or 0)
     self._host = f"{socket.gethostname()}, process {os.getpid()}"
@@ -69,6 +67,17 @@ class Progress:
     self.state = RUNNING
     self._why = ""
     self.start()
+
+  def set_limits(
+    self,
+    seconds: int | float,
+    start_seconds: int | float,
+    pause_seconds: int | float,
+  ) -> None:
+    """Changes how long things may take, from the next on."""
+    self._seconds = seconds
+    self._start_seconds = start_seconds
+    self._pause_seconds = pause_seconds
 
   def start(self) -> None:
     """Tells that it will take a while to the next step."""

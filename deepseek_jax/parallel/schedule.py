@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepseek_jax.core.arguments import require_static
+
 
 class Visit(NamedTuple):
   """What a stage does in a tick; numbers, or arrays of them.
@@ -136,12 +138,16 @@ def bubble(stages: int, microbatches: int, repeats: int = 1) -> float:
   Args:
     stages: S, at least 1.
     microbatches: M, at least 1.
-    repeats: R, groups of layers that a stage holds.
+    repeats: R, groups of layers that a stage holds, at least 1.
+
+  Raises:
+    ValueError: If a number is below 1.
 
   References:
     Narayanan et al., "Efficient Large-Scale Language Model Training on GPU
     Clusters Using Megatron-LM", 2021, https://arxiv.org/abs/2104.04473
   """
+  require_static(1, stages=stages, microbatches=microbatches, repeats=repeats)
   return (stages - 1) / (repeats * microbatches + stages - 1)
 
 

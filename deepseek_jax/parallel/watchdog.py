@@ -41,8 +41,8 @@ class Watchdog:
   the body ends, it waits until the bodies of all ranks have. While it watches,
   `faulthandler.dump_traceback_later` is its own.
 
-  Inside another one it only tells that one that work begins anew, and that no
-  step is expected once it has ended; the seconds of the outer one hold.
+  Inside another one it only gives that one its seconds, and tells it that work
+  begins anew.
 
   >>> with Watchdog(seconds=60) as watchdog:
   ...   for step in range(3):
@@ -86,6 +86,7 @@ class Watchdog:
     outer = Watchdog._outer
     if outer is not None:
       self._watcher = outer._watcher
+      self._watcher.set_limits(self._limits)
       self._watcher.progress.start()
       return self
     processes = initialize()
@@ -103,7 +104,7 @@ class Watchdog:
   ) -> None:
     """Waits for the others, or tells them the error."""
     if Watchdog._outer is not self:
-      self._watcher.progress.start()
+      self._watcher.progress.beat(None)
       return
     Watchdog._outer = None
     if error is None or (isinstance(error, SystemExit) and not error.code):

@@ -54,15 +54,8 @@ class Watcher:
 
   def __init__(self, processes: Processes, store: Store | None, limits: Limits):
     self._rank, self._address = processes.index, processes.coordinator
-    self._seconds = limits.seconds
     self._tick = min(1.0, limits.seconds / 20)
-    # A process that swaps, or keeps the GIL for a while, is not dead. Of one
-    # that is, JAX itself knows after `heartbeat_seconds`.
-    self._bounds = Bounds(
-      silent=min(limits.seconds, 120.0),
-      quick=max(3.0, 6 * self._tick),
-      never=limits.start_seconds,
-    )
+    self._bounds, self._seconds = self._bounds_of(limits), limits.seconds
     self._clock = AwakeClock(5 * self._tick)
     self.progress = Progress(self._clock, **dataclasses.asdict(limits))
     self._excused_at = 0.0
@@ -82,6 +75,20 @@ class Watcher:
         self._report,
         self._tick,
       )
+
+  def set_limits(self, limits: Limits) -> None:
+    """Changes how long things may take."""
+    self._bounds, self._seconds = self._bounds_of(limits), limits.seconds
+    self.progress.set_limits(**dataclasses.asdict(limits))
+
+  def _bounds_of(self, limits: Limits) -> Bounds:
+    # A process that swaps, or keeps the GIL for a while, is not dead. Of one
+    # that is, JAX itself knows after `heartbeat_seconds`.
+    return Bounds(
+      silent=min(limits.seconds, 120.0),
+      quick=max(3.0, 6 * self._tick),
+      never=limits.start_seconds,
+    )
 
   def start(self) -> None:
     """Begins to watch."""

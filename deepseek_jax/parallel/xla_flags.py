@@ -89,8 +89,9 @@ def flags(platform: str) -> str:
 def set_xla_flags(environment: MutableMapping[str, str] = os.environ) -> None:
   """Adds the flags of the platforms that JAX will use to the environment.
 
-  `parallel.initialize` calls it in jobs of many processes; where one process
-  has many devices, call it before anything touches a device.
+  `deepseek-jax train` calls it, and `parallel.initialize` in jobs of several
+  processes. In a script of your own where one process has many devices, call it
+  before anything touches a device.
 
   Args:
     environment: Where to set them.

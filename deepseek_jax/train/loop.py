@@ -1,6 +1,5 @@
 """The training loop: dispatch steps, look now and then, outlive a kill."""
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -16,7 +15,7 @@ from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
 from deepseek_jax.train.monitor import Monitor
-from deepseek_jax.train.processes import agreed
+from deepseek_jax.train.processes import agreed, pause
 from deepseek_jax.train.run_directory import RunDirectory
 from deepseek_jax.train.signals import StopSignal
 from deepseek_jax.train.state import TrainState
@@ -284,13 +283,6 @@ class Loop:
     if step >= self._schedule.total:
       return self._schedule.limit
     return stop.name
-
-
-def pause(
-  watchdog: parallel.Watchdog | None, why: str
-) -> contextlib.AbstractContextManager[None]:
-  """Returns a context in which a watchdog, if there is one, expects no step."""
-  return contextlib.nullcontext() if watchdog is None else watchdog.pause(why)
 
 
 def take_steps(

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,15 @@ from deepseek_jax import parallel
 from deepseek_jax.train import state as state_lib
 from deepseek_jax.train.exchange import Exchange, as_exchange
 from deepseek_jax.train.initial import Build, abstract_state, without_values
+from deepseek_jax.train.mesh_checks import check_mesh
 from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import StepSpec, jit_once, make_train_step
 
 if TYPE_CHECKING:
   from deepseek_jax.train.config import Experiment
+
+_FORCED = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,13 +115,14 @@ class Plan:
       mesh: Of devices that need not be there, see `parallel.preflight`.
 
     Raises:
-      ValueError: If rows or rules do not fit the mesh.
+      ValueError: If rows, rules or the model do not fit the mesh.
     """
     placement = Placement(mesh, exchange=self.exchange)
+    model, tx = without_values(self.build), self.tx
+    check_mesh(mesh.shape, model)
     placement.check(
       "batch_size / accumulate", self.rows // self.spec.accumulate
     )
-    model, tx = without_values(self.build), self.tx
     replicas = placement.replicas(model)
     if replicas is not None:
       tx = replicas.transform(tx)
@@ -137,11 +143,14 @@ class Plan:
     }
     return step, (jax.tree.map(_placed, shapes, shardings), batch)
 
-  def dry_run(self, devices: Sequence[jax.Device]) -> "DryRun":
+  def dry_run(
+    self, devices: Sequence[jax.Device], here: int | None = None
+  ) -> "DryRun":
     """Compiles the step; allocates nothing.
 
     Args:
       devices: What the mesh is made of, see `devices_for`.
+      here: How many devices this machine has; as many if None.
 
     Raises:
       ValueError: As `build_step`, or if the mesh does not fit the devices.
@@ -163,6 +172,7 @@ class Plan:
       },
       sent=parallel.wire_bytes(compiled, mesh),
       leaves=parallel.describe(state.params),
+      here=None if here is None or self.mesh.fits(here) else here,
     )
 
 
@@ -178,6 +188,7 @@ class DryRun:
     sent: Bytes sent in a step, by collective and axes, see
       `parallel.wire_bytes`.
     leaves: A table of all parameters.
+    here: How many devices this machine has; None if the mesh fits them.
   """
 
   mesh: dict[str, int]
@@ -186,6 +197,16 @@ class DryRun:
   bytes_of: dict[str, int]
   sent: dict[str, dict[str, float]]
   leaves: str
+  here: int | None = None
+
+  def _refusal(self) -> list[str]:
+    if self.here is None:
+      return []
+    plural = "" if self.here == 1 else "s"
+    return [
+      f"  this machine has {self.here} device{plural}; train would refuse this "
+      "mesh here"
+    ]
 
   def __str__(self) -> str:
     """Returns a page for people."""
@@ -194,6 +215,7 @@ class DryRun:
       self.leaves,
       "",
       f"mesh: {axes or 'one device'} ({self.devices})",
+      *self._refusal(),
       f"parameters: {self.parameters:,}",
       "",
       "memory of a device",
@@ -213,24 +235,33 @@ class DryRun:
     )
 
 
-def devices_for(spec: parallel.MeshSpec) -> list[jax.Device]:
-  """Returns the devices there are, or as many fake ones as a mesh asks for.
+def devices_for(spec: parallel.MeshSpec) -> tuple[list[jax.Device], int]:
+  """Returns devices for a mesh, real or fake, and how many real ones there are.
 
-  To be called before anything else touches the devices: there can be fake ones
-  only until then.
+  Those that there are if the mesh fits them, else as many fake ones as it asks
+  for. To be called before anything else touches the devices: there can be fake
+  ones only until then.
 
   Args:
     spec: Sizes; an open one counts as 1 where there are too few devices.
   """
   wanted = math.prod(n for n in spec.sizes.values() if n != -1)
-  if jax.config.jax_num_cpu_devices < wanted:  # pyrefly: ignore
+  faked = False
+  own = jax.config.jax_num_cpu_devices  # pyrefly: ignore
+  # Without a number, XLA's own flag decides.
+  forced = _FORCED.findall(os.environ.get("XLA_FLAGS", ""))
+  real = own if own > 0 else int(forced[-1]) if forced else 1
+  if own < wanted:
     with contextlib.suppress(RuntimeError):
       jax.config.update("jax_num_cpu_devices", wanted)
+      faked = True
   devices = jax.devices()
-  fits = len(devices) % wanted == 0 and -1 in spec.sizes.values()
-  if fits or len(devices) == wanted:
-    return devices
-  return jax.devices("cpu")[:wanted]
+  here = len(devices)
+  if faked and devices[0].platform == "cpu":
+    here = real
+  if spec.fits(len(devices)):
+    return devices, here
+  return jax.devices("cpu")[:wanted], here
 
 
 def _placed(

@@ -19,14 +19,22 @@ def watched(
 ) -> contextlib.AbstractContextManager[parallel.Watchdog | None]:
   """Returns the context in which a run of several processes is watched.
 
-  A process that is alone is not: it gives None.
+  What comes before the first step may take three times as long, compiling not
+  counted. A process that is alone is not watched: it gives None.
 
   Args:
     seconds: How long a step may take.
   """
-  if jax.process_count() == 1:
+  if not jax.distributed.is_initialized():
     return contextlib.nullcontext()
-  return parallel.Watchdog(seconds)
+  return parallel.Watchdog(seconds, start_seconds=3 * seconds)
+
+
+def pause(
+  watchdog: parallel.Watchdog | None, why: str
+) -> contextlib.AbstractContextManager[None]:
+  """Returns a context in which a watchdog, if there is one, expects no step."""
+  return contextlib.nullcontext() if watchdog is None else watchdog.pause(why)
 
 
 def is_first() -> bool:

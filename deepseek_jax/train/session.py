@@ -25,10 +25,11 @@ from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
 from deepseek_jax.train.evaluation import Evaluator, batch_rows, predictions
 from deepseek_jax.train.initial import Build, initial_state, without_values
-from deepseek_jax.train.loop import Loop, Schedule, pause
+from deepseek_jax.train.loop import Loop, Schedule
+from deepseek_jax.train.mesh_checks import check_mesh
 from deepseek_jax.train.monitor import Monitor
 from deepseek_jax.train.placement import Placement
-from deepseek_jax.train.processes import is_first
+from deepseek_jax.train.processes import is_first, pause
 from deepseek_jax.train.result import Result
 from deepseek_jax.train.run_directory import RunDirectory
 from deepseek_jax.train.step import (
@@ -75,6 +76,7 @@ class Session:
     self._spec = spec
     self._placement = placement
     self._batch_size = batch_size
+    check_mesh(placement.mesh.shape, self._model, placement.rules)
     self.state = initial_state(model, tx, spec.task, placement)
     self._check_model(evaluation)
     self.train_step = jit_once(

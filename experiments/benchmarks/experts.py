@@ -33,7 +33,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     }
     for weight in (0.01, 0.1)
   },
-  **{f"bias {rate:g}": {"bias_rate": rate} for rate in (0.001, 0.02, 0.1)},
+  **{f"bias {rate:g}": {"bias_rate": rate} for rate in (0.001, 0.005, 0.02)},
+  "both": {"bias_rate": 0.005, "auxiliary_weight": 0.01},
 }
 
 

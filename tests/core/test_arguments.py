@@ -95,6 +95,15 @@ def test_numpy_integers_are_integers():
     require_static(2, block=np.int64(1))
 
 
+@pytest.mark.parametrize("value", [0, np.int64(0), None, "2", True])
+def test_only_what_may_be_injected_hears_of_injection(value):
+  with pytest.raises(ValueError, match=r"at least 1, got") as told:
+    require_static(1, num_processes=value)
+  assert "inject_hyperparams" not in str(told.value)
+  with pytest.raises(ValueError, match=r"got rank=2.5\. Under optax\.inject_"):
+    require_static(1, rank=2.5)
+
+
 @pytest.mark.parametrize("bad", ["rows", 1, ["row"], optax.sgd(0.1)])
 def test_what_is_no_choice_is_named(bad):
   require_one_of(("row", None), first="row", variance=None)

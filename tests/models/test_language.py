@@ -418,6 +418,10 @@ WRONG = {
     {"attention": "dynamic", "attention_options": {"num_heads": 2}},
     "^attention_options must not .*num_heads",
   ),
+  "an option that there is not": (
+    {"attention": "dynamic", "attention_options": {"windw": 64}},
+    "^attention_options must be of .*got 'windw'; did you mean 'window'",
+  ),
   "option": (
     {"attention": "dynamic", "attention_options": {"window": 7}},
     "^window must be a multiple of block_size",

@@ -175,6 +175,10 @@ WRONG = {
     {"experts_options": {"hidden": 3}},
     "^experts_options must not have hidden.*hidden=3",
   ),
+  "an option that there is not": (
+    {"experts_options": {"topk": 1}},
+    "^experts_options must be of top_k, num_shared, .*got 'topk'; .* 'top_k'",
+  ),
   "options of an activation": (
     {"activation_options": {"sparsity": 0.9}},
     "^activation_options must be empty with experts.*sparsity",

@@ -9,6 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import TraceContextError
 
 from deepseek_jax import nn
 from deepseek_jax.nn import expert_slots, grouped_product
@@ -287,11 +288,16 @@ def test_what_balances_is_no_parameter_and_rests_in_evaluation(balance):
 
 
 @pytest.mark.parametrize(
-  "gate", ["sigmoid", pytest.param("softmax", marks=slow)]
+  ("gate", "balance"),
+  [
+    ("sigmoid", "bias"),
+    pytest.param("softmax", "auxiliary", marks=slow),
+    pytest.param("sigmoid", "auxiliary", marks=slow),
+  ],
 )
-def test_the_auxiliary_gradient_is_that_of_the_explicit_loss(gate):
+def test_the_auxiliary_gradient_is_that_of_the_explicit_loss(gate, balance):
   weight, x = 0.7, normal(2, 40, FEATURES)
-  layer = build(balance="auxiliary", auxiliary_weight=weight, gate=gate)
+  layer = build(balance=balance, auxiliary_weight=weight, gate=gate)
   structure, params, rest = state_lib.split(layer)
 
   @jax.jit
@@ -374,6 +380,7 @@ WRONG = {
   "hidden": ({"hidden": 2.5}, "^hidden must be .*got hidden=2.5"),
   "num_experts": ({"num_experts": 0}, "^num_experts must be .*num_experts=0"),
   "top_k": ({"top_k": 0}, "^top_k must be .*top_k=0"),
+  "top_k that is none": ({"top_k": True}, "^top_k must be .*got top_k=True"),
   "more than there are": (
     {"top_k": 9},
     "^top_k must be at most num_experts.*got top_k=9 for num_experts=8",
@@ -389,6 +396,10 @@ WRONG = {
   "auxiliary_weight": (
     {"auxiliary_weight": -1.0},
     r"^auxiliary_weight must be in \[0, inf\).*-1.0",
+  ),
+  "nothing to weight": (
+    {"balance": "none", "auxiliary_weight": 0.1},
+    "^auxiliary_weight is for balance 'bias' or 'auxiliary', got 0.1",
   ),
   "activation with a state": (
     {"activation": "target_sparse_relu"},
@@ -406,3 +417,41 @@ def test_wrong_arguments_are_named(name, monkeypatch):
   }  # fmt: skip
   with pytest.raises(ValueError, match=message):
     nn.MixtureOfExperts(**arguments | wrong, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("shape", [(0, FEATURES), (3, 0, FEATURES), (4, 5), ()])
+def test_tokens_that_are_none_are_refused(shape, monkeypatch):
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  layer = build()
+  for call in (layer, layer.route, layer.decode):
+    with pytest.raises(
+      ValueError, match=r"^x must be tokens of 6 f.*got shape"
+    ):
+      call(jnp.ones(shape))
+
+
+def test_in_evaluation_mode_it_may_be_vmapped():
+  layer, x = build(), normal(3, 4, FEATURES)
+  with pytest.raises(TraceContextError):
+    jax.vmap(layer)(x)
+  layer.eval()
+  assert jax.eval_shape(jax.vmap(layer), x).shape == x.shape
+
+
+def test_a_grouped_product_may_be_vmapped():
+  x, matrices = normal(2, 5, 4, 3), normal(3, 3, 2)
+  counts = jnp.array([[1, 1, 3], [4, 0, 1]])
+  times = lambda x, counts: grouped_product.grouped_product(x, matrices, counts)
+  wanted = jnp.stack([times(*one) for one in zip(x, counts, strict=True)])
+  found = jax.jit(jax.vmap(times))(x, counts)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_in_tree_mode_gradients_are_told_of_integers():
+  loss = lambda layer, x: (layer(x) ** 2).sum()
+  with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+    layer, x = build(), normal(4, FEATURES)
+    grads = nnx.jit(nnx.grad(loss, allow_int=True))(layer, x)
+    assert int(layer.reading.calls[...]) == 1
+    for kernel in (grads.experts.up, grads.router.kernel):
+      assert np.asarray(kernel[...]).any()

@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -54,6 +55,14 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_named(sizes, said):
 def test_a_size_that_is_none_is_refused(sizes, said):
   with pytest.raises(ValueError, match=said):
     MeshSpec(**sizes)
+
+
+def test_sizes_come_in_a_spec(monkeypatch):
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  with pytest.raises(
+    ValueError, match=r"spec must be .*MeshSpec\(fsdp=8\), go"
+  ):
+    make_mesh({"fsdp": 8})
 
 
 def _slices(count, size):

@@ -323,3 +323,49 @@ def test_micro_batches_are_four_a_stage_where_rows_allow():
 def test_what_makes_no_pipeline_is_named(how, said):
   with pytest.raises(ValueError, match=said):
     traced(make_mesh("stage 2, data 2, tensor 2"), **how)
+
+
+ODD = {"inward": np.ones((4, 2)), "outward": np.ones((3, 2))}
+
+
+@pytest.mark.parametrize(
+  ("params", "x", "how", "said"),
+  [
+    ({}, np.ones((8, 1)), {}, "params must have .* layers, got params={"),
+    (np.ones(4), {}, {}, "x must have arrays .* rows of a batch, got x={"),
+    (ODD, np.ones((8, 2)), {}, r"as many layers, got shape \(3, 2\) at "
+     "'params/outward' beside 4 of params/inward"),
+    (np.ones(()), np.ones((8, 1)), {}, r"shape \(\) at 'params'"),
+    (np.ones(4), (np.ones(8), np.ones(4)), {}, r"rows .* \(4,\) at 'x/1'"),
+    (np.ones(4), np.ones(8), {"state": np.ones(2)}, "at 'state' beside 4"),
+    (np.ones(4), np.ones(8), {"remat": "foo"}, "remat must be .*remat='foo'"),
+  ],
+)  # fmt: skip
+def test_arrays_that_make_no_layers_are_named(params, x, how, said):
+  with pytest.raises(ValueError, match=said):
+    parallel.pipeline(lambda w, state, x: (x, state), params, x, **how)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "said"),
+  [
+    ((4, 0), "^repeats must be an integer, at least 1, got repeats=0.$"),
+    ((0, 1), "num_layers=0"),
+    ((5, 2), r"multiple of stages \* repeats = 1 \* 2 = 2, got 5"),
+  ],
+)
+def test_an_order_has_every_layer_once(sizes, said):
+  with pytest.raises(ValueError, match=said):
+    parallel.storage_order(*sizes)
+
+
+def test_parameters_on_stages_want_a_current_mesh():
+  """They would all be fetched by all, without a word."""
+  mesh = make_mesh("stage 4, fsdp 2")
+  params = jax.device_put(jnp.ones(LAYERS), NamedSharding(mesh, P("stage")))
+  run = lambda w, x: parallel.pipeline(lambda w, s, x: (w * x, s), w, x)[0]
+  for call in (run, jax.jit(run)):
+    with pytest.raises(ValueError, match=r"params .*stage=4.*jax\.set_mesh"):
+      call(params, jnp.ones((8, 1)))
+  with jax.set_mesh(mesh):
+    assert jax.jit(run)(params, jnp.ones((8, 1))).sharding.spec[0]

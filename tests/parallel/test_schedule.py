@@ -91,3 +91,16 @@ def test_a_circular_schedule_is_drawn_with_letters():
 def test_numbers_that_make_no_schedule_are_named(shape, said):
   with pytest.raises(ValueError, match=said):
     make(shape)
+
+
+@pytest.mark.parametrize(
+  ("shape", "said"),
+  [
+    ((4, -3, 1), "microbatches must be .* got microbatches=-3"),
+    ((0, 0, 1), "stages must be .* got stages=0"),
+    ((2, 2, 0), "repeats must be .* got repeats=0"),
+  ],
+)
+def test_numbers_that_have_no_bubble_are_named(shape, said):
+  with pytest.raises(ValueError, match=said):
+    parallel.bubble(*shape)

@@ -284,16 +284,17 @@ def test_a_process_that_is_alone_ends_its_watch_with_its_work():
   assert "watchdog" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_one_inside_another_is_the_outer_one_at_its_start():
+def test_one_inside_another_gives_it_its_seconds():
   with Watchdog(seconds=60, start_seconds=500) as outer:
     outer.beat(7)
     progress = outer._watcher.progress
-    with Watchdog(seconds=5) as inner:
+    with Watchdog(seconds=40, start_seconds=300) as inner:
       told = progress.report()
-      assert (told.limit, told.excused, told.step) == (500, True, 7)
+      assert (told.limit, told.excused, told.step) == (300, True, 7)
       inner.beat(8)
-      assert (progress.report().limit, progress.report().step) == (60, 8)
-    assert progress.report().excused
+      assert (progress.report().limit, progress.report().step) == (40, 8)
+    assert progress.report().limit == 40
+    assert outer._watcher._bounds.silent == 40
     with pytest.raises(ZeroDivisionError), Watchdog():
       raise ZeroDivisionError
     names = [thread.name for thread in threading.enumerate()]

@@ -162,6 +162,10 @@ def test_without_a_mesh_places_are_groups_and_it_must_fit(mesh):
     wire.wire_bytes(compiled, four)
   with pytest.raises(ValueError, match=r"compiled must be.*'nothing'"):
     wire.wire_bytes("nothing")
+  step = lambda x: x
+  for found in (step, jax.jit(step), jax.jit(step).lower(x), None, ""):
+    with pytest.raises(ValueError, match=r"compiled must be what jax\.jit\(f"):
+      wire.wire_bytes(found, four)
 
 
 PAIRS = [[0, 4], [1, 5], [2, 6], [3, 7]]

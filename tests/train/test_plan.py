@@ -93,6 +93,7 @@ def test_one_device_sends_nothing():
   found = plan.Plan.of(experiment()).dry_run(jax.devices()[:1])
   assert not found.sent
   assert "one device" in str(found)
+  assert found.here is None
   assert str(found).endswith("none")
 
 
@@ -101,6 +102,17 @@ def test_rows_that_do_not_divide_are_refused_before_anything_is_compiled():
     plan.Plan.of(
       dj.train.Experiment(data=dj.train.Data(batch_size=12))
     ).dry_run(jax.devices())
+
+
+def test_a_dry_run_says_when_train_would_refuse_its_mesh():
+  asked = experiment(data=1, fsdp=2)
+  devices, here = plan.devices_for(asked.mesh)
+  assert (len(devices), here) == (2, 8)
+  said = "this machine has 8 devices; train would refuse this mesh here"
+  found = plan.Plan.of(asked).dry_run(devices, here)
+  assert said in str(found)
+  assert "train would" not in str(dataclasses.replace(found, here=None))
+  assert plan.devices_for(MeshSpec(fsdp=2)) == (jax.devices(), 8)
 
 
 @pytest.mark.slow
@@ -115,6 +127,8 @@ def test_the_command_needs_no_devices(tmp_path):
   )  # fmt: skip
   assert "mesh: fsdp 8, tensor 4 (32 x cpu)" in done.stdout
   assert "optimizer" in done.stdout
+  refused = "this machine has 1 device; train would refuse this mesh here"
+  assert refused in done.stdout
   assert not list(tmp_path.iterdir()), json.dumps(os.listdir(tmp_path))
 
 

@@ -13,17 +13,28 @@ import numpy as np
 import pytest
 
 EXPERIMENT = """
-import os, signal
+import os, signal, time
 from deepseek_jax.train import *
+
+def fail(how):
+  if os.environ.get("DEEPSEEK_JAX_PROCESS_ID") != "1":
+    return
+  if how == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+  if how == "raises":
+    raise ValueError("my data is not there")
+  if how == "sleeps":
+    time.sleep(1000)
+
+fail(os.environ.get("AT_IMPORT"))
 
 class Fragile(Experiment):
   def run(self):
-    how = os.environ.get("DEEPSEEK_JAX_PROCESS_ID") == "1" and self.workdir
-    if how == "killed":
-      os.kill(os.getpid(), signal.SIGKILL)
-    if how == "raises":
-      raise ValueError("my data is not there")
-    return super().run()
+    fail(self.workdir)
+    result = super().run()
+    if self.workdir == "late":
+      fail("sleeps")
+    return result
 
 experiment = Fragile(
   data=Data(batch_size=32),
@@ -132,3 +143,25 @@ def test_a_process_that_ends_before_the_first_step_is_named(job, how, code):
   if how == "raises":
     assert "deepseek-jax: my data is not there" in said[1]
     assert "my data is not there" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("killed", -9), ("raises", 2)])
+def test_one_that_ends_while_it_reads_the_file_is_named(
+  job, monkeypatch, how, code
+):
+  monkeypatch.setenv("AT_IMPORT", how)
+  codes, said = ended(job(2, "run"))
+  # Slow to end by itself, it may be ended by JAX, whose service went first.
+  assert codes[0] == 70, said
+  assert codes[1] in (code, -signal.SIGABRT), said
+  assert "rank 1 is the culprit" in said[0]
+
+
+@pytest.mark.slow
+def test_one_that_hangs_after_the_run_is_named(job):
+  flags = ["--train.steps", "2", "--train.watchdog-seconds", "12"]
+  codes, said = ended(job(2, "late", *flags))
+  assert codes == [70, 70], said
+  assert "rank 1 is the culprit" in said[0]
+  assert "outside any collective" in said[0]
