@@ -364,7 +364,7 @@ def _abstract(flat: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _stored_type(leaf: jax.Array) -> str:
+def _stored_type(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
   """Returns type and shape as Orbax stores them: keys as their data."""
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.eval_shape(jax.random.key_data, leaf)
