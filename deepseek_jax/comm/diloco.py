@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32
 
 from deepseek_jax.comm import workers as workers_lib
 from deepseek_jax.comm.axes import Axes, AxisName
-from deepseek_jax.comm.exchange import leaves, mean, plain_bytes
+from deepseek_jax.comm.exchange import finite, leaves, mean, plain_bytes
 from deepseek_jax.comm.state import ExchangeState, PerDevice
 from deepseek_jax.core.arguments import require_static
 from deepseek_jax.core.tree import leaf_paths
@@ -45,7 +45,8 @@ def diloco(
 
   Each device steps from the common parameters with an optimizer of its own.
   After `period` steps the mean way that they went is the gradient of an outer
-  optimizer, whose step gives the new common parameters, from which all go on:
+  optimizer, whose step gives the new common parameters, from which all go on,
+  also a worker that went where nothing is finite, whose way counts as none:
 
       θ_w ← θ_w + inner(∇loss(θ_w))      every step, on each worker w
       θ ← θ + outer(mean_w(θ - θ_w)), θ_w ← θ      every `period` steps
@@ -216,7 +217,7 @@ class _Diloco:
       changes, moved = self.outer.update(mean_way, outer, piece)
       change = [jnp.asarray(x) for x in jax.tree.leaves(changes)]
       goes_on = [
-        begun + moved_by + (now - then)
+        begun + moved_by + finite(now - then)
         for begun, moved_by, now, then in zip(
           jax.tree.leaves(piece),
           change,
@@ -268,7 +269,7 @@ def plain(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
     updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
   ) -> tuple[PyTree, Any]:
     del state, params, extra_args
-    grads, structure = jax.tree.flatten(updates)
+    grads, structure = jax.tree.flatten(jax.tree.map(finite, updates))
     parts = leaves(axes, None, updates)
     found = [mean(x, part, axes) for x, part in zip(grads, parts, strict=True)]
     sent = sum(plain_bytes(part, axes) for part in parts)

@@ -75,7 +75,7 @@ def test_states_of_other_numbers_of_devices_have_other_shapes():
     assert {shape[0] for shape in found} == {count}
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", ["int8", "one_bit", "power_sgd"])
 def test_one_device_exchanges_with_itself(name):
   tx = MAKERS[name]("data", min_size=0)
   run = Run(tx, ONE, params(SHAPES))
@@ -85,7 +85,7 @@ def test_one_device_exchanges_with_itself(name):
   for leaf, exact in mean(grads).items():
     found = np.asarray(updates[leaf])[:, 0]
     assert np.isfinite(found).all()
-    if leaf == "bias" or name in ("top_k", "power_sgd"):
+    if leaf == "bias" or name == "power_sgd":
       size = np.abs(exact).max()
       np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * size)
 
@@ -161,9 +161,8 @@ def test_it_chains_with_optimizers_and_their_hyperparameters():
       updates["bias"][step], expected["bias"], rtol=1e-4, atol=1e-6
     )
     if step == 0:  # All of Adam's first steps are as long.
-      np.testing.assert_allclose(
-        np.abs(updates["first"][0]), 1e-2, rtol=0, atol=2e-3
-      )
+      size = np.abs(updates["first"][0])
+      assert 0.009 < size.mean() < size.max() < 0.0101
 
 
 def test_a_state_can_be_given_away():
