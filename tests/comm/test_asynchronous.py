@@ -199,9 +199,7 @@ def test_gradients_that_are_not_finite_count_as_zero():
 
 
 def test_types_of_parameters_are_kept():
-  tx = comm.asynchronous(
-    optax.adam(0.1), "data", speeds=SPEEDS, period=2, compression=COMPRESSION
-  )
+  tx = comm.asynchronous(optax.adam(0.1), "data", speeds=SPEEDS, period=2)
   found = Walker(tx, jnp.bfloat16)(targets())
   for tree in (found.params, found.updates, found.workers):
     assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.bfloat16.dtype}
