@@ -12,7 +12,8 @@ from jaxtyping import Array, Float32, Int32
 
 from deepseek_jax.comm import workers as workers_lib
 from deepseek_jax.comm.axes import Axes, AxisName
-from deepseek_jax.comm.diloco import plain, sum_sent
+from deepseek_jax.comm.exchange import finite
+from deepseek_jax.comm.plain import float_all_reduce, sum_sent
 from deepseek_jax.comm.state import PerDevice
 from deepseek_jax.core.arguments import require_in, require_static
 from deepseek_jax.core.typing import Count, PyTree
@@ -107,7 +108,7 @@ def asynchronous(
   axes = Axes.of(axis_name)
   inner = optax.with_extra_args_support(inner)
   compression = optax.with_extra_args_support(
-    plain(axis_name) if compression is None else compression
+    float_all_reduce(axis_name) if compression is None else compression
   )
   count = len(speeds)
   rates = np.asarray(speeds, np.float32)
@@ -145,7 +146,8 @@ def asynchronous(
     def meet(worker, begun):
       went = jax.tree.map(jnp.subtract, begun, worker.params)
       mine = jax.tree.map(
-        lambda x: jnp.where(ready[me], x[0], 0).astype(jnp.float32), went
+        lambda x: jnp.where(ready[me], finite(x[0]), 0).astype(jnp.float32),
+        went,
       )
       share, exchange = compression.update(mine, state.exchange, params)
       total = clock.rounds.sum()

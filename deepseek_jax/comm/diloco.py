@@ -12,8 +12,9 @@ from jaxtyping import Array, Float32
 
 from deepseek_jax.comm import workers as workers_lib
 from deepseek_jax.comm.axes import Axes, AxisName
-from deepseek_jax.comm.exchange import finite, leaves, mean, plain_bytes
-from deepseek_jax.comm.state import ExchangeState, PerDevice
+from deepseek_jax.comm.exchange import finite
+from deepseek_jax.comm.plain import float_all_reduce, sum_sent
+from deepseek_jax.comm.state import PerDevice
 from deepseek_jax.core.arguments import require_static
 from deepseek_jax.core.tree import leaf_paths
 from deepseek_jax.core.typing import Count, PyTree
@@ -111,7 +112,7 @@ def diloco(
       optax.sgd(0.7, momentum=0.9, nesterov=True) if outer is None else outer
     ),
     compression=optax.with_extra_args_support(
-      plain(axis_name) if compression is None else compression
+      float_all_reduce(axis_name) if compression is None else compression
     ),
     period=period,
     fragments=fragments,
@@ -213,7 +214,9 @@ class _Diloco:
     outer, exchange = state.outer[fragment], state.exchange[fragment]
 
     def meet(local: list[Array]) -> _Met:
-      mean_way, exchanged = self.compression.update(way, exchange, piece)
+      mean_way, exchanged = self.compression.update(
+        jax.tree.map(finite, way), exchange, piece
+      )
       changes, moved = self.outer.update(mean_way, outer, piece)
       change = [jnp.asarray(x) for x in jax.tree.leaves(changes)]
       goes_on = [
@@ -249,44 +252,6 @@ class _Diloco:
     steps = jnp.asarray(self.local_steps)
     mine = steps[self.axes.index]
     return count % self.period < mine
-
-
-class PlainState(NamedTuple):
-  """State of `plain`."""
-
-  sent_bytes: Float32[Array, ""]
-
-
-def plain(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
-  """Averages gradients over devices in float32."""
-  axes = Axes.of(axis_name)
-
-  def init_fn(params: PyTree) -> Any:
-    leaves(axes, None, params)  # As every exchange, it refuses some.
-    return PlainState(jnp.zeros((), jnp.float32))
-
-  def update_fn(
-    updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-  ) -> tuple[PyTree, Any]:
-    del state, params, extra_args
-    grads, structure = jax.tree.flatten(jax.tree.map(finite, updates))
-    parts = leaves(axes, None, updates)
-    found = [mean(x, part, axes) for x, part in zip(grads, parts, strict=True)]
-    sent = sum(plain_bytes(part, axes) for part in parts)
-    return structure.unflatten(found), PlainState(
-      jnp.asarray(sent, jnp.float32)
-    )
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def sum_sent(state: Any) -> Array:
-  """Returns what the exchanges in a state sent in their latest."""
-  kinds = ExchangeState | PlainState
-  is_one = lambda x: isinstance(x, kinds)
-  nodes = jax.tree.leaves(state, is_leaf=is_one)
-  sent = [x.sent_bytes for x in nodes if is_one(x)]
-  return jnp.asarray(sum(sent), jnp.float32)
 
 
 def cut(params: PyTree, fragments: int) -> list[list[int]]:
