@@ -12,6 +12,7 @@ from jaxtyping import Array, Float32, Int32
 
 from deepseek_jax.comm import workers as workers_lib
 from deepseek_jax.comm.axes import Axes, AxisName
+from deepseek_jax.comm.exchange import finite
 from deepseek_jax.comm.plain import float_all_reduce, sum_sent
 from deepseek_jax.comm.state import PerDevice
 from deepseek_jax.core.arguments import require_in, require_static
@@ -145,7 +146,8 @@ def asynchronous(
     def meet(worker, begun):
       went = jax.tree.map(jnp.subtract, begun, worker.params)
       mine = jax.tree.map(
-        lambda x: jnp.where(ready[me], x[0], 0).astype(jnp.float32), went
+        lambda x: jnp.where(ready[me], finite(x[0]), 0).astype(jnp.float32),
+        went,
       )
       share, exchange = compression.update(mine, state.exchange, params)
       total = clock.rounds.sum()

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float32
 
 from deepseek_jax.comm import workers as workers_lib
 from deepseek_jax.comm.axes import Axes, AxisName
+from deepseek_jax.comm.exchange import finite
 from deepseek_jax.comm.plain import float_all_reduce, sum_sent
 from deepseek_jax.comm.state import PerDevice
 from deepseek_jax.core.arguments import require_static
@@ -45,7 +46,8 @@ def diloco(
 
   Each device steps from the common parameters with an optimizer of its own.
   After `period` steps the mean way that they went is the gradient of an outer
-  optimizer, whose step gives the new common parameters, from which all go on:
+  optimizer, whose step gives the new common parameters, from which all go on,
+  also a worker that went where nothing is finite, whose way counts as none:
 
       θ_w ← θ_w + inner(∇loss(θ_w))      every step, on each worker w
       θ ← θ + outer(mean_w(θ - θ_w)), θ_w ← θ      every `period` steps
@@ -212,11 +214,13 @@ class _Diloco:
     outer, exchange = state.outer[fragment], state.exchange[fragment]
 
     def meet(local: list[Array]) -> _Met:
-      mean_way, exchanged = self.compression.update(way, exchange, piece)
+      mean_way, exchanged = self.compression.update(
+        jax.tree.map(finite, way), exchange, piece
+      )
       changes, moved = self.outer.update(mean_way, outer, piece)
       change = [jnp.asarray(x) for x in jax.tree.leaves(changes)]
       goes_on = [
-        begun + moved_by + (now - then)
+        begun + moved_by + finite(now - then)
         for begun, moved_by, now, then in zip(
           jax.tree.leaves(piece),
           change,

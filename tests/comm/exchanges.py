@@ -21,13 +21,13 @@ P = jax.sharding.PartitionSpec
 STEPS = 4  # in one run
 SHAPES = {
   "bias": (8,),
-  "conv": (2, 2, 4, 8),
   "first": (12, 8),
-  "second": (12, 8),
+  "second": (2, 6, 8),
   "small": (2, 3),
   "whole": (5, 7),
 }
-CUTS = {"bias": 0, "conv": 2, "first": 0, "second": 1}
+# As matrices, two are of one shape.
+CUTS = {"bias": 0, "first": 0, "second": 2}
 SMALL = {"min_size": 16}
 
 

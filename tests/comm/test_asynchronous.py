@@ -118,16 +118,15 @@ def test_equals_its_transcription(name):
   assert moved.tolist() == handed
 
 
-@pytest.mark.parametrize("name", ["equal", "compressed"])
-def test_equal_workers_meet_as_in_diloco(name):
+def test_equal_workers_meet_as_in_diloco():
   tx = comm.diloco(
     optax.sgd(RATE),
     "data",
     period=3,
     outer=optax.sgd(1.0),
-    compression=CASES[name].get("compression"),
+    compression=COMPRESSION,
   )
-  assert_same_walk(walk(name), Walker(tx)(targets()))
+  assert_same_walk(walk("compressed"), Walker(tx)(targets()))
 
 
 @pytest.mark.parametrize("name", ["uneven", "compressed"])
@@ -199,10 +198,23 @@ def test_gradients_that_are_not_finite_count_as_zero():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.end))
 
 
+def test_a_worker_that_is_lost_comes_back_as_it_hands_in():
+  def lost_afar(updates, params):
+    far = lambda g: jnp.where(jnp.abs(g) > 1e3, jnp.nan, -RATE * g)
+    return jax.tree.map(far, updates)
+
+  inner = optax.stateless(lost_afar)
+  tx = comm.asynchronous(inner, "data", **CASES["even"])
+  goals = targets()
+  goals["kernel"][1, 0] = 1e4  # The first hands in after each four steps.
+  found = Walker(tx)(goals)
+  nan = np.isnan(found.workers["kernel"]).any((2, 3))
+  assert np.argwhere(nan).tolist() == [[1, 0], [2, 0]]
+  assert np.isfinite(found.params["kernel"]).all()
+
+
 def test_types_of_parameters_are_kept():
-  tx = comm.asynchronous(
-    optax.adam(0.1), "data", speeds=SPEEDS, period=2, compression=COMPRESSION
-  )
+  tx = comm.asynchronous(optax.adam(0.1), "data", speeds=SPEEDS, period=2)
   found = Walker(tx, jnp.bfloat16)(targets())
   for tree in (found.params, found.updates, found.workers):
     assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.bfloat16.dtype}

@@ -15,7 +15,6 @@ from exchanges import (
   Run,
   assert_equal,
   gradients,
-  joined,
   mean,
   params,
   prepared,
@@ -75,7 +74,7 @@ def test_states_of_other_numbers_of_devices_have_other_shapes():
     assert {shape[0] for shape in found} == {count}
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", ["int8", "one_bit", "power_sgd"])
 def test_one_device_exchanges_with_itself(name):
   tx = MAKERS[name]("data", min_size=0)
   run = Run(tx, ONE, params(SHAPES))
@@ -85,7 +84,7 @@ def test_one_device_exchanges_with_itself(name):
   for leaf, exact in mean(grads).items():
     found = np.asarray(updates[leaf])[:, 0]
     assert np.isfinite(found).all()
-    if leaf == "bias" or name in ("top_k", "power_sgd"):
+    if leaf == "bias" or name == "power_sgd":
       size = np.abs(exact).max()
       np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * size)
 
@@ -93,10 +92,10 @@ def test_one_device_exchanges_with_itself(name):
 @pytest.mark.parametrize(
   ("name", "dtype"),
   [
-    ("int8", jnp.bfloat16),
-    ("power_sgd", jnp.bfloat16),
-    ("one_bit", jnp.float16),
-    ("top_k", jnp.float16),
+    ("int8", jnp.float16),
+    ("one_bit", jnp.bfloat16),
+    pytest.param("power_sgd", jnp.bfloat16, marks=pytest.mark.slow),
+    pytest.param("top_k", jnp.float16, marks=pytest.mark.slow),
   ],
 )
 def test_types_are_kept(name, dtype):
@@ -147,23 +146,23 @@ def test_it_chains_with_optimizers_and_their_hyperparameters():
     optax.partition({"True": exchange, "False": optax.identity()}, labels),
     adam,
   )
-  run = Run(tx, AT, params())
-  grads = gradients(AT.devices)
+  shapes = {"bias": (3,), "first": (12, 8)}
+  run = Run(tx, AT, params(shapes))
+  grads = gradients(AT.devices, shapes=shapes)
   same = {name: np.repeat(x[:, :1], 4, 1) for name, x in grads.items()}
   same["first"] = grads["first"]
   updates, _ = run(same)
-  updates = joined(AT, updates)
-  alone = adam.init(params())
+  updates = {name: np.asarray(x)[:, 0] for name, x in updates.items()}
+  alone = adam.init(params(shapes))
   for step in range(4):
     exact = {name: x[step].mean(0) for name, x in same.items()}
-    expected, alone = adam.update(exact, alone, params())
+    expected, alone = adam.update(exact, alone, params(shapes))
     np.testing.assert_allclose(
       updates["bias"][step], expected["bias"], rtol=1e-4, atol=1e-6
     )
     if step == 0:  # All of Adam's first steps are as long.
-      np.testing.assert_allclose(
-        np.abs(updates["first"][0]), 1e-2, rtol=0, atol=2e-3
-      )
+      size = np.abs(updates["first"][0])
+      assert 0.009 < size.mean() < size.max() < 0.0101
 
 
 def test_a_state_can_be_given_away():

@@ -39,7 +39,7 @@ def transcription(matrices, factor):
 def test_equals_its_transcription():
   run, grads = prepared("power_sgd", "data"), gradients(4)
   updates = joined(AT, run(grads)[0])
-  places = {"first": ("12x8", 0), "second": ("12x8", 1), "conv": ("16x8", 0)}
+  places = {"first": ("12x8", 0), "second": ("12x8", 1), "whole": ("5x7", 0)}
   for name, (stack, i) in places.items():
     shape = tuple(map(int, stack.split("x")))
     expected = transcription(
