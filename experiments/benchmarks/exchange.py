@@ -30,10 +30,12 @@ TARGETS = {
   "int8": 0.5,
   "int4": 1.0,
   "1 bit": 2.0,
+  "1 bit 256": 2.0,
   "top-k 1 %": 3.0,
   "PowerSGD 4": 2.0,
   "DiLoCo 10": 1.0,
   "DiLoCo 50": 3.0,
+  "DiLoCo 50 calm": 3.0,
   "DiLoCo 10 int8": 1.5,
 }
 

@@ -1,6 +1,7 @@
 """What `exchange.py` compares, and the step that all of them take."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ SPEEDS = (1.0, 1.0, 0.5, 0.25)  # Of the workers of the asynchronous mode.
 # An MLP of 5,266,452 parameters: the one of earlier measurements.
 SIZES = (3072, 1024, 1024, 1024, 20)
 # Steps between exchanges, of methods whose workers step for themselves.
-PERIODS = {"DiLoCo 10": 10, "DiLoCo 50": 50, "DiLoCo 10 int8": 10}
-ALONE = (*PERIODS, "asynchronous")
+PERIODS = {
+  "DiLoCo 10": 10, "DiLoCo 50": 50, "DiLoCo 50 calm": 50, "DiLoCo 10 int8": 10,
+}  # fmt: skip
+ALONE = (*PERIODS, "asynchronous", "asynchronous even")
 
 Transform = optax.GradientTransformation
 
@@ -30,14 +33,15 @@ def float32() -> Transform:
 
 
 def exchanges(warmup: int = 0) -> dict[str, Transform]:
-  """Returns what averages gradients, by name; 1 bit after a warm-up."""
+  """Returns what averages gradients, by name; the coarsest after a warm-up."""
   return {
     "float32": float32(),
     "bf16": comm.bf16_all_reduce(AXIS),
     "int8": comm.int_all_reduce(AXIS),
     "int4": comm.int_all_reduce(AXIS, bits=4),
     "1 bit": comm.one_bit(AXIS, warmup=warmup),
-    "top-k 1 %": comm.top_k(AXIS),
+    "1 bit 256": comm.one_bit(AXIS, block=256, warmup=2 * warmup),
+    "top-k 1 %": comm.top_k(AXIS, warmup=warmup),
     "PowerSGD 4": comm.power_sgd(AXIS, 4),
     "PowerSGD 2": comm.power_sgd(AXIS, 2),
     "delayed": comm.delayed(float32()),
@@ -48,12 +52,21 @@ NAMES = (*exchanges(), *ALONE)
 
 
 def build(name: str, inner: Transform, warmup: int = 0) -> Any:
-  """Returns the optimizer `inner` with a method of exchange."""
-  if name == "asynchronous":
-    return comm.asynchronous(inner, AXIS, speeds=SPEEDS)
+  """Returns the optimizer `inner` with a method of exchange.
+
+  All with their defaults, but for "1 bit 256", with smaller blocks and a longer
+  warm-up, and "calm", with an outer momentum of 0.6.
+  """
+  if name.startswith("asynchronous"):
+    speeds = (1.0,) * len(SPEEDS) if "even" in name else SPEEDS
+    return comm.asynchronous(inner, AXIS, speeds=speeds)
   if name in PERIODS:
     int8 = comm.int_all_reduce(AXIS) if "int8" in name else None
-    return comm.diloco(inner, AXIS, period=PERIODS[name], compression=int8)
+    calm = optax.sgd(0.7, momentum=0.6, nesterov=True)
+    return comm.diloco(
+      inner, AXIS, period=PERIODS[name], compression=int8,
+      outer=calm if "calm" in name else None,
+    )  # fmt: skip
   return optax.chain(exchanges(warmup)[name], inner)
 
 
@@ -126,7 +139,7 @@ def mlp(seed: int, sizes: Sequence[int] = SIZES) -> dict[str, jax.Array]:
   """Returns the parameters of a multi-layer perceptron."""
   rng = np.random.default_rng(seed)
   params = {}
-  for i, (rows, columns) in enumerate(zip(sizes, sizes[1:], strict=False)):
+  for i, (rows, columns) in enumerate(itertools.pairwise(sizes)):
     draw = rng.normal(size=(rows, columns)) * np.sqrt(2 / rows)
     params[f"kernel_{i}"] = jnp.asarray(draw, jnp.float32)
     params[f"bias_{i}"] = jnp.zeros(columns)
@@ -145,4 +158,4 @@ def mlp_loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
 @functools.cache
 def size_of_mlp() -> int:
   """Returns its number of parameters."""
-  return sum((a + 1) * b for a, b in zip(SIZES, SIZES[1:], strict=False))
+  return sum((a + 1) * b for a, b in itertools.pairwise(SIZES))

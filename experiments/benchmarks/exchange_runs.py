@@ -30,7 +30,7 @@ BLOCKED = 10  # Fake devices run into each other with many steps under way.
 _NOISE = 0.5  # Of a pixel from 0 to 1.
 _LENGTH, _ROWS = 64, 16
 NUDGED = "float32 nudged"
-STEPS = {"mlp": 1000, "bytes": 500}
+STEPS = {"mlp": 1000, "bytes": 300}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,9 @@ def text() -> Task:
     chosen = rng.integers(len(train[0]), size=_ROWS)
     return train[0][chosen], train[1][chosen]
 
-  def scored(tokens, targets):
+  def scored(
+    tokens: np.ndarray, targets: np.ndarray
+  ) -> list[tuple[np.ndarray, ...]]:
     rows = np.linspace(0, len(tokens) - 1, 384).astype(int).reshape(8, -1)
     return [(tokens[part], targets[part]) for part in rows]
 
@@ -127,7 +129,9 @@ def text() -> Task:
 TASKS = {"mlp": digits, "bytes": text}
 
 
-def optimizer(name: str, task: Task, steps: int) -> optax.GradientTransformation:
+def optimizer(
+  name: str, task: Task, steps: int
+) -> optax.GradientTransformation:
   """Returns Adam, or `deepseek` without its average."""
   warmup = max(1, steps // 20)
   if name == "adam":
@@ -140,9 +144,7 @@ def optimizer(name: str, task: Task, steps: int) -> optax.GradientTransformation
 class Runner:
   """Trains a task with one method, from several seeds; compiles once."""
 
-  def __init__(
-    self, task: str, optimizer_name: str, method: str, steps: int
-  ):
+  def __init__(self, task: str, optimizer_name: str, method: str, steps: int):
     self._task, self._steps = TASKS[task](), steps
     inner = optimizer(optimizer_name, self._task, steps)
     alone = method in methods.ALONE
@@ -166,7 +168,9 @@ class Runner:
     """Returns losses: the one that is minimized, held out, and the last."""
     rng = np.random.default_rng(seed + 1000)
     start = jax.tree.map(
-      lambda x: x * (1 + self._nudge * rng.normal(size=x.shape)).astype(x.dtype),
+      lambda x: (
+        x * (1 + self._nudge * rng.normal(size=x.shape)).astype(x.dtype)
+      ),
       self._task.start(seed),
     )
     step, (params, state) = self._make(start)
