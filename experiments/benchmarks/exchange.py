@@ -14,6 +14,7 @@ Runs of the loss are kept in the result, and found there by the next call.
 
 import argparse
 import datetime
+import functools
 import importlib
 import json
 import os
@@ -73,7 +74,7 @@ def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
     base = group["float32"]
     found[key] = {}
     for name, runs in group.items():
-      if name == "float32":
+      if name == "float32" or not runs.keys() & base.keys():
         continue
       found[key][name] = {
         kind: above(runs, base, kind) for kind in ("loss", "held_out")
@@ -162,7 +163,8 @@ def main() -> None:
       found = loss(flags, known)
       show_loss(found)
     else:
-      found = importlib.import_module(f"exchange_{name}").case(flags)
+      keep = functools.partial(write, flags, name)
+      found = importlib.import_module(f"exchange_{name}").case(flags, keep)
     result = write(flags, name, found)
     importlib.import_module("exchange_figure").draw(
       result["cases"], flags.results / "exchange.svg"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+from collections.abc import Callable
 from typing import Any
 
 import exchange_methods as methods
@@ -23,19 +24,23 @@ ASKED = {
 ASKED_COMPILE = 1.5
 
 
-def case(flags: Any) -> dict[str, Any]:
-  """Returns bytes and seconds, by method."""
+def case(flags: Any, keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+  """Returns bytes and seconds, by method; hands each part to `keep`, too."""
   found: dict[str, Any] = {
     "parameters": methods.size_of_mlp(),
     "sizes": methods.SIZES,
     "sent": {n: sent(n, flags) for n in (2, 8)},
   }
   show_sent(found["sent"])
-  found["compile"] = {
-    "mlp, adam": compile_times(mlp_step, 3, flags),
-    "bytes, deepseek": compile_times(text_step, 1, flags),
-  }
+  keep(found)
+  found["compile"] = {"mlp, adam": compile_times(mlp_step, 3, flags)}
+  keep(found)
+  names = None if flags.only else ("float32", "int8", "PowerSGD 4", "DiLoCo 10")
+  found["compile"]["bytes, deepseek"] = compile_times(
+    text_step, 1, flags, names
+  )
   show_compile(found["compile"])
+  keep(found)
   if importlib.util.find_spec("libtpu") is not None and not flags.tiny:
     found["tpu"] = {"topology": TOPOLOGY} | tpu(flags)
     print(f"\nseconds to compile for {TOPOLOGY}: {found['tpu']}")
@@ -141,10 +146,12 @@ def text_step(name: str, mesh: Any) -> Any:
   return step.lower(*carry, tokens, tokens)
 
 
-def compile_times(lowered: Any, repeats: int, flags: Any) -> dict[str, Any]:
+def compile_times(
+  lowered: Any, repeats: int, flags: Any, names: Any = None
+) -> dict[str, Any]:
   """Returns seconds that a step for 4 fake devices takes, and the ratio."""
   mesh = methods.make_mesh(jax.devices()[: runs.WORKERS])
-  names = chosen(flags)
+  names = names or chosen(flags)
   seconds: dict[str, list[float]] = {name: [] for name in names}
   for number in range(1 if flags.tiny else repeats):
     for name in names:
@@ -171,6 +178,7 @@ def show_compile(found: dict[str, Any]) -> None:
       f"{task}: {np.median(rows[name]['seconds']):6.2f} s, "
       f"{rows[name]['ratio']:.2f}x"
       for task, rows in found.items()
+      if name in rows
     ]
     print(f"  {name:16}", "   ".join(columns))
 

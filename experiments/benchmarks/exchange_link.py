@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import exchange_quantizer as quantizer
@@ -31,10 +31,11 @@ class LinkError(RuntimeError):
   """This machine cannot make such a link, or the job on it failed."""
 
 
-def case(flags: Any) -> dict[str, Any]:
+def case(flags: Any, keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
   """Returns steps' times by rate, bytes sent, and crossovers."""
   found: dict[str, Any] = {"quantizer": quantizer.measure(flags.tiny)}
   quantizer.show(found["quantizer"])
+  keep(found)
   try:
     sessions = session(flags)
   except LinkError as error:

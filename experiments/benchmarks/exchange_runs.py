@@ -1,7 +1,7 @@
 """Small trainings that differ in how gradients are exchanged alone.
 
 * "mlp": 64-256-256-10 on digits with noise of their own in every step, so that
-  little is learned by heart;
+  little is learned by heart; "small mlp": 64-64-64-10;
 * "bytes": a language model of bytes with two layers.
 
 On 4 fake devices. All see the same batches, from the same weights. Adam's rate
@@ -30,7 +30,7 @@ BLOCKED = 10  # Fake devices run into each other with many steps under way.
 _NOISE = 0.5  # Of a pixel from 0 to 1.
 _LENGTH, _ROWS = 64, 16
 NUDGED = "float32 nudged"
-STEPS = {"mlp": 1000, "bytes": 300}
+STEPS = {"mlp": 1000, "small mlp": 200, "bytes": 300}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Task:
 
 
 @functools.cache
-def digits() -> Task:
+def digits(width: int = 256) -> Task:
   """Returns the classification of noisy digits."""
   data = dj.data.load("digits")
   read = lambda split: (split[:]["image"].reshape(-1, 64), split[:]["label"])
@@ -69,7 +69,7 @@ def digits() -> Task:
 
   rng = np.random.default_rng(0)
   return Task(
-    start=lambda seed: methods.mlp(seed, (64, 256, 256, 10)),
+    start=lambda seed: methods.mlp(seed, (64, width, width, 10)),
     loss=methods.mlp_loss,
     batch=lambda rng: draw(rng, *train, 256),
     objective=[draw(rng, *train, 16384)],
@@ -126,7 +126,11 @@ def text() -> Task:
   )
 
 
-TASKS = {"mlp": digits, "bytes": text}
+TASKS = {
+  "mlp": digits,
+  "small mlp": functools.partial(digits, 64),
+  "bytes": text,
+}
 
 
 def optimizer(
