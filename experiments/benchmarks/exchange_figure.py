@@ -99,4 +99,7 @@ def _seconds(row: Mapping[str, Any], rates: np.ndarray) -> np.ndarray:
 
 
 def _title(axes: Any, text: str) -> None:
+  for axis in (axes.xaxis, axes.yaxis):
+    if axis.get_scale() != "linear":
+      axis.set_major_formatter(lambda x, _: f"{x:g}")
   axes.set_title(text, loc="left", fontsize=8)
