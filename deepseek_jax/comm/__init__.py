@@ -1,8 +1,11 @@
 """Gradient exchange: send less, send later, lose nothing."""
 
+from deepseek_jax.comm.adapt import adapt as adapt
 from deepseek_jax.comm.asynchronous import asynchronous as asynchronous
 from deepseek_jax.comm.delayed import delayed as delayed
 from deepseek_jax.comm.diloco import diloco as diloco
+from deepseek_jax.comm.plain import PlainState as PlainState
+from deepseek_jax.comm.plain import float_all_reduce as float_all_reduce
 from deepseek_jax.comm.power_sgd import power_sgd as power_sgd
 from deepseek_jax.comm.quantized import bf16_all_reduce as bf16_all_reduce
 from deepseek_jax.comm.quantized import int_all_reduce as int_all_reduce

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, Int32
 
 from deepseek_jax.comm import workers as workers_lib
 from deepseek_jax.comm.axes import Axes, AxisName
-from deepseek_jax.comm.diloco import plain, sum_sent
+from deepseek_jax.comm.plain import float_all_reduce, sum_sent
 from deepseek_jax.comm.state import PerDevice
 from deepseek_jax.core.arguments import require_in, require_static
 from deepseek_jax.core.typing import Count, PyTree
@@ -73,9 +73,10 @@ def asynchronous(
     axis_name: The mesh axis, or axes, over which workers lie.
     speeds: Of each worker, relative to the fastest, in (0, 1].
     period: Steps of a round of the fastest worker, at least 1.
-    max_staleness: Rounds that a worker may be ahead of the slowest, at least 0;
-      it waits then. It bounds what others have handed in while a worker was at
-      its round, to (max_staleness + 1)·(N - 1) rounds.
+    max_staleness: Rounds that a worker may have ended more than the slowest and
+      still go on, at least 0; with more it waits. It bounds what others hand in
+      while a worker waits and is at its round, to 2·(max_staleness + 1)·(N - 1)
+      rounds.
     outer_rate: Above 0.
     momentum: In [0, 1).
     even: Whether slow workers take fewer steps a round, in proportion, so that
@@ -106,7 +107,7 @@ def asynchronous(
   axes = Axes.of(axis_name)
   inner = optax.with_extra_args_support(inner)
   compression = optax.with_extra_args_support(
-    plain(axis_name) if compression is None else compression
+    float_all_reduce(axis_name) if compression is None else compression
   )
   count = len(speeds)
   rates = np.asarray(speeds, np.float32)
@@ -114,7 +115,7 @@ def asynchronous(
   lengths = np.asarray(rounds, np.int32)
 
   def init_fn(params: PyTree) -> Any:
-    found = axes.parts * axes.copies
+    found = axes.devices
     if found != count:
       raise ValueError(
         f"speeds must have one number for each of {found} workers, got {count}."
@@ -137,7 +138,7 @@ def asynchronous(
     if params is None:
       raise ValueError("params must be given: where workers start from.")
     clock, works, ready = _tick(state.clock, rates, lengths, max_staleness)
-    me = jax.lax.axis_index(axes.names)
+    me = axes.index
     before, begun = state.workers.arrays
     worker = workers_lib.step(inner, before, updates, works[me], extra_args)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 from deepseek_jax.core.typing import PyTree
 
@@ -66,6 +67,17 @@ class Axes:
   def parts(self) -> int:
     """Into how many parts parameters are cut."""
     return size((self.sharded,)) if self.sharded else 1
+
+  @property
+  def devices(self) -> int:
+    """How many devices take part."""
+    return size(self.names)
+
+  @property
+  def index(self) -> Array:
+    """Which of them this one is."""
+    _ = self.devices
+    return jax.lax.axis_index(self.names)
 
   @property
   def copies(self) -> int:

@@ -7,11 +7,11 @@ contraction: |x - decode(encode(x))| < |x|.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool, Float32, UInt8
 
 from deepseek_jax.core.arguments import require_in, require_static
 
@@ -22,6 +22,7 @@ Codes = tuple[Array, ...]
 _TINY = 1e-30
 
 
+@runtime_checkable
 class Codec(Protocol):
   """Encodes blocks of one size.
 
@@ -156,19 +157,14 @@ class Signs:
     x = x if mask is None else jnp.where(mask, x, 0)
     count = self.block if mask is None else jnp.sum(mask, -1, keepdims=True)
     scale = jnp.sum(jnp.abs(x), -1, keepdims=True) / jnp.maximum(count, 1)
-    bits = (x < 0).reshape(*x.shape[:-1], 8, self.block // 8)
-    weights = jnp.asarray([1 << i for i in range(8)], jnp.uint8)[:, None]
-    return jnp.sum(bits * weights, -2, dtype=jnp.uint8), scale
+    return pack(x < 0), scale
 
   def decode(
     self, codes: Codes, mask: Bool[Array, "*n b"] | None
   ) -> Float32[Array, "*n b"]:
     """Returns plus or minus the scale inside the mask."""
     bits, scale = codes
-    places = jnp.arange(8, dtype=jnp.uint8)[:, None]
-    minus = (bits[..., None, :] >> places) & 1
-    minus = minus.reshape(*bits.shape[:-1], self.block)
-    x = jnp.where(minus == 1, -scale, scale)
+    x = jnp.where(unpack(bits), -scale, scale)
     return x if mask is None else jnp.where(mask, x, 0)
 
   def block_bytes(self) -> int:
@@ -225,6 +221,21 @@ class Largest:
   def block_bytes(self) -> int:
     """Returns the bytes of an encoded block."""
     return 6 * self.kept
+
+
+def pack(x: Bool[Array, "*n b"]) -> UInt8[Array, "*n b/8"]:
+  """Returns eight truths in a byte: those an eighth of the block apart."""
+  bits = x.reshape(*x.shape[:-1], 8, -1).astype(jnp.uint8)
+  places = jax.lax.broadcasted_iota(jnp.uint8, bits.shape, bits.ndim - 2)
+  return jnp.sum(bits << places, -2, dtype=jnp.uint8)
+
+
+def unpack(x: UInt8[Array, "*n c"]) -> Bool[Array, "*n 8*c"]:
+  """Returns what was packed."""
+  shape = (*x.shape[:-1], 8, x.shape[-1])
+  places = jax.lax.broadcasted_iota(jnp.uint8, shape, x.ndim - 1)
+  bits = (jnp.broadcast_to(x[..., None, :], shape) >> places) & 1
+  return (bits == 1).reshape(*x.shape[:-1], -1)
 
 
 def _require_multiple(of: int, block: int) -> None:

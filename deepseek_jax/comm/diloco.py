@@ -12,8 +12,8 @@ from jaxtyping import Array, Float32
 
 from deepseek_jax.comm import workers as workers_lib
 from deepseek_jax.comm.axes import Axes, AxisName
-from deepseek_jax.comm.exchange import Leaf, mean, plain_bytes
-from deepseek_jax.comm.state import ExchangeState, PerDevice
+from deepseek_jax.comm.plain import float_all_reduce, sum_sent
+from deepseek_jax.comm.state import PerDevice
 from deepseek_jax.core.arguments import require_static
 from deepseek_jax.core.tree import leaf_paths
 from deepseek_jax.core.typing import Count, PyTree
@@ -110,7 +110,7 @@ def diloco(
       optax.sgd(0.7, momentum=0.9, nesterov=True) if outer is None else outer
     ),
     compression=optax.with_extra_args_support(
-      plain(axis_name) if compression is None else compression
+      float_all_reduce(axis_name) if compression is None else compression
     ),
     period=period,
     fragments=fragments,
@@ -246,46 +246,8 @@ class _Diloco:
     if self.local_steps is None:
       return True
     steps = jnp.asarray(self.local_steps)
-    mine = steps[jax.lax.axis_index(self.axes.names)]
+    mine = steps[self.axes.index]
     return count % self.period < mine
-
-
-class PlainState(NamedTuple):
-  """State of `plain`."""
-
-  sent_bytes: Float32[Array, ""]
-
-
-def plain(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
-  """Averages gradients over devices in float32."""
-  axes = Axes.of(axis_name)
-
-  def init_fn(params: PyTree) -> Any:
-    del params
-    return PlainState(jnp.zeros((), jnp.float32))
-
-  def update_fn(
-    updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-  ) -> tuple[PyTree, Any]:
-    del state, params, extra_args
-    leaves, structure = jax.tree.flatten(updates)
-    parts = [Leaf(i, "", x.shape, None) for i, x in enumerate(leaves)]
-    found = [mean(x, part, axes) for x, part in zip(leaves, parts, strict=True)]
-    sent = sum(plain_bytes(part, axes) for part in parts)
-    return structure.unflatten(found), PlainState(
-      jnp.asarray(sent, jnp.float32)
-    )
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def sum_sent(state: Any) -> Array:
-  """Returns what the exchanges in a state sent in their latest."""
-  kinds = ExchangeState | PlainState
-  is_one = lambda x: isinstance(x, kinds)
-  nodes = jax.tree.leaves(state, is_leaf=is_one)
-  sent = [x.sent_bytes for x in nodes if is_one(x)]
-  return jnp.asarray(sum(sent), jnp.float32)
 
 
 def cut(params: PyTree, fragments: int) -> list[list[int]]:
@@ -337,7 +299,7 @@ def _check_steps(local_steps: Sequence[int] | None, period: int) -> None:
 
 
 def _check_workers(local_steps: Sequence[int] | None, axes: Axes) -> None:
-  count = axes.parts * axes.copies
+  count = axes.devices
   if local_steps is not None and len(local_steps) != count:
     raise ValueError(
       f"local_steps must have one number for each of {count} workers, got "

@@ -1,7 +1,8 @@
 """Transforms that average gradients over devices in few bytes."""
 
+import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,15 @@ class Leaf:
     self.index, self.path, self.dim = index, path, dim
     self.shape = tuple(shape)
 
+  def whole(self, axes: Axes) -> tuple[int, ...]:
+    """Returns the shape of the gradient."""
+    shape = list(self.shape)
+    if self.dim is not None:
+      shape[self.dim] *= axes.parts
+    return tuple(shape)
 
+
+@runtime_checkable
 class Method(Protocol):
   """What an exchange does with the leaves that are not exempt."""
 
@@ -80,25 +89,22 @@ def exchange(
   require_static(0, min_size=min_size, warmup=warmup)
   axes = method.axes
 
-  def leaves_of(params: PyTree) -> tuple[list[Leaf], list[Leaf]]:
+  def sort(params: PyTree) -> tuple[list[Leaf], list[Leaf]]:
     """Returns the leaves to compress, and the others."""
-    dims = _dims(axes, specs, params)
     forced = jax.tree.leaves(mask_tree(exempt, params)) if exempt else None
     chosen: list[Leaf] = []
     others: list[Leaf] = []
-    paths = leaf_paths(params)
-    for i, (path, leaf) in enumerate(
-      zip(paths, jax.tree.leaves(params), strict=True)
-    ):
-      part = Leaf(i, path, jnp.shape(leaf), dims[i])
-      plain = leaf.ndim < 2 or leaf.size < min_size
-      plain |= not jnp.issubdtype(leaf.dtype, jnp.floating)
-      plain |= forced is not None and forced[i]
-      (others if plain else chosen).append(part)
+    arrays = jax.tree.leaves(params)
+    for leaf, array in zip(leaves(axes, specs, params), arrays, strict=True):
+      shape = leaf.whole(axes)
+      plain = len(shape) < 2 or math.prod(shape) < min_size
+      plain |= not jnp.issubdtype(array.dtype, jnp.floating)
+      plain |= forced is not None and forced[leaf.index]
+      (others if plain else chosen).append(leaf)
     return chosen, others
 
   def init_fn(params: PyTree) -> Any:
-    own, inner = method.init(leaves_of(params)[0])
+    own, inner = method.init(sort(params)[0])
     return ExchangeState(
       count=jnp.zeros((), jnp.int32),
       errors=PerDevice(own),
@@ -111,7 +117,9 @@ def exchange(
     updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
   ) -> tuple[PyTree, Any]:
     del extra_args
-    chosen, others = leaves_of(updates if params is None else params)
+    if params is None and axes.sharded:
+      raise ValueError("params must be given where specs cut them, got None.")
+    chosen, others = sort(updates if params is None else params)
     grads, structure = jax.tree.flatten(jax.tree.map(finite, updates))
     _check_shapes(grads, [*chosen, *others], axes)
     means: dict[int, Array] = {
@@ -131,7 +139,7 @@ def exchange(
     def plain(grads, own, inner):
       found = [mean(g, x, axes) for g, x in zip(grads, chosen, strict=True)]
       sent = sum(plain_bytes(x, axes) for x in chosen)
-      return found, own, inner, jnp.zeros(()), jnp.asarray(sent, jnp.float32)
+      return found, own, inner, jnp.float32(0), jnp.float32(sent)
 
     wanted = [grads[x.index] for x in chosen]
     if warmup:
@@ -157,13 +165,15 @@ def exchange(
 
 def mean(grad: Array, leaf: Leaf, axes: Axes) -> Array:
   """Returns a parameter's part of the mean gradient, uncompressed."""
-  if leaf.dim is None:
-    return jax.lax.pmean(grad, axes.names)
-  part = jax.lax.psum_scatter(
-    grad, axes.sharded, scatter_dimension=leaf.dim, tiled=True
-  )
-  part = part / axes.parts
-  return jax.lax.pmean(part, axes.others) if axes.others else part
+  # Sums of bfloat16 would lose what they add to.
+  part = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
+  if leaf.dim is not None:
+    part = jax.lax.psum_scatter(
+      part, axes.sharded, scatter_dimension=leaf.dim, tiled=True
+    )
+  names = axes.names if leaf.dim is None else axes.others
+  part = jax.lax.psum(part, names) if names else part
+  return (part / axes.devices).astype(grad.dtype)
 
 
 def plain_bytes(leaf: Leaf, axes: Axes) -> float:
@@ -172,35 +182,50 @@ def plain_bytes(leaf: Leaf, axes: Axes) -> float:
   for n in leaf.shape:
     size *= n
   parts = 1 if leaf.dim is None else axes.parts
-  copies = axes.parts * axes.copies // parts
+  copies = axes.devices // parts
   return (parts - 1) * size + 2 * (copies - 1) / copies * size
 
 
 def finite(grad: Array) -> Array:
   """Returns a gradient with zeros where it is not finite, or next to it."""
-  return jnp.where(jnp.abs(grad) < _LARGEST, grad, jnp.zeros_like(grad))
+  largest = min(_LARGEST, float(jnp.finfo(grad.dtype).max))
+  return jnp.where(jnp.abs(grad) <= largest, grad, jnp.zeros_like(grad))
 
 
-def _dims(axes: Axes, specs: PyTree | None, params: PyTree) -> list[int | None]:
-  """Returns the dimension along which each leaf is cut, or None."""
-  if specs is None:
-    return [None] * len(jax.tree.leaves(params))
+def leaves(axes: Axes, specs: PyTree | None, params: PyTree) -> list[Leaf]:
+  """Returns the leaves of parameters, as they lie on a device.
+
+  Raises:
+    ValueError: If one holds whole numbers, or outside of a `shard_map` with
+      these axes.
+  """
+  _ = axes.devices
+  arrays, paths = jax.tree.leaves(params), leaf_paths(params)
   is_spec = lambda x: isinstance(x, PartitionSpec)
-  whole = jax.tree.broadcast(specs, params, is_leaf=is_spec)
-  return [axes.dim(x) for x in jax.tree.leaves(whole, is_leaf=is_spec)]
+  whole = jax.tree.broadcast(
+    PartitionSpec() if specs is None else specs, params, is_leaf=is_spec
+  )
+  dims = [axes.dim(x) for x in jax.tree.leaves(whole, is_leaf=is_spec)]
+  for path, array in zip(paths, arrays, strict=True):
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+      raise ValueError(
+        f"params must be floating or complex, got {array.dtype} for {path!r}."
+      )
+  return [
+    Leaf(i, path, array.shape, dim)
+    for i, (path, array, dim) in enumerate(
+      zip(paths, arrays, dims, strict=True)
+    )
+  ]
 
 
 def _check_shapes(
   grads: Sequence[Array], leaves: Sequence[Leaf], axes: Axes
 ) -> None:
-  parts = axes.parts
   for leaf in leaves:
-    shape = list(leaf.shape)
-    if leaf.dim is not None:
-      shape[leaf.dim] *= parts
-    if list(grads[leaf.index].shape) != shape:
+    if grads[leaf.index].shape != leaf.whole(axes):
       raise ValueError(
         "updates must be whole gradients, of parameters that lie as specs say, "
         f"got shape {grads[leaf.index].shape} for {leaf.path!r}, whose part "
-        f"has {tuple(leaf.shape)}, cut along {leaf.dim} in {parts}."
+        f"has {leaf.shape}, cut along {leaf.dim} in {axes.parts}."
       )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from deepseek_jax.comm.axes import Axes
+from deepseek_jax.comm.codecs import pack, unpack
 from deepseek_jax.comm.exchange import Leaf
 from deepseek_jax.comm.layout import Layout
 from deepseek_jax.comm.two_shot import TwoShot
@@ -68,7 +69,8 @@ class Blockwise:
       layout, mask = self.layout(leaf), None
       if self.refresh:
         known = own["seen"][leaf.path][0]
-        mask = self._union(grad, layout, known, count)
+        wanted = layout.split(grad) + own["left"][leaf.path].worker[0]
+        mask = self._union(wanted, known, count)
         seen[leaf.path] = mask[None]
       one = self.shots(grad, layout, own["left"][leaf.path], mask)
       found.append(one.mean)
@@ -77,11 +79,9 @@ class Blockwise:
     own = {"left": left} | ({"seen": seen} if self.refresh else {})
     return found, own, inner, lost, whole
 
-  def _union(
-    self, grad: Array, layout: Layout, known: Array, count: Array
-  ) -> Array:
-    """Returns where the gradient of any device was not zero, now and then."""
-    look = lambda: _any(known | (layout.split(grad) != 0), self.axes.names)
+  def _union(self, wanted: Array, known: Array, count: Array) -> Array:
+    """Returns where any device had or has something to send."""
+    look = lambda: _any(known | (wanted != 0), self.axes.names)
     due = (count - self.start) % self.refresh == 0
     return jax.lax.cond(due, look, lambda: known)
 
@@ -99,11 +99,6 @@ class Blockwise:
 
 def _any(bits: Array, names: tuple[str, ...]) -> Array:
   """Returns the union over devices of boolean chunks, sent as bits."""
-  # Eighths of a block, not neighbours: TPUs are slow to compile the latter.
-  places = jnp.asarray([1 << i for i in range(8)], jnp.uint8)[:, None]
-  cut = bits.reshape(*bits.shape[:-1], 8, -1)
-  packed = jnp.sum(cut * places, -2, dtype=jnp.uint8)
-  every = jax.lax.all_to_all(packed, names, 0, 0, tiled=True)
+  every = jax.lax.all_to_all(pack(bits), names, 0, 0, tiled=True)
   own = jax.lax.reduce_or(every, (0,))
-  joined = jax.lax.all_gather(own, names)
-  return ((joined[..., None, :] & places) != 0).reshape(bits.shape)
+  return unpack(jax.lax.all_gather(own, names))

@@ -124,7 +124,7 @@ class LowRank:
     }
     wide = jax.lax.pmean(wide, self.axes.names)
     found: list[Array] = [jnp.zeros(())] * len(leaves)
-    left, lost, whole = {}, jnp.zeros(()), jnp.zeros(())
+    left, lost, whole = {}, jnp.float32(0), jnp.float32(0)
     for shape, group in groups.items():
       name = _name(shape)
       product = tall[name] @ jnp.swapaxes(wide[name], 1, 2)
@@ -145,7 +145,7 @@ class LowRank:
 
   def sent_bytes(self, leaves: Sequence[Leaf]) -> float:
     """Returns the bytes that a device sends."""
-    n = self.axes.parts * self.axes.copies
+    n = self.axes.devices
     sent = 0
     for shape, group in self._groups(leaves).items():
       sent += len(group) * sum(shape) * self.rank * 4
@@ -157,9 +157,7 @@ class LowRank:
     """Returns the leaves by the shape of their gradients as matrices."""
     groups = defaultdict(list)
     for leaf in leaves:
-      shape = list(leaf.shape)
-      if leaf.dim is not None:
-        shape[leaf.dim] *= self.axes.parts
+      shape = leaf.whole(self.axes)
       groups[math.prod(shape[:-1]), shape[-1]].append(leaf)
     return dict(groups)
 

@@ -171,6 +171,7 @@ def one_bit(
     Seide et al., "1-Bit Stochastic Gradient Descent", 2014
   """
   require_static(1, refresh=refresh)
+  require_static(0, warmup=warmup)
   codec = Signs(block)
   shots = TwoShot(Axes.of(axis_name, specs), codec, codec, True)
   return exchange(

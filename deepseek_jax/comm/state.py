@@ -47,15 +47,12 @@ def state_specs(state: PyTree, axis_name: AxisName) -> PyTree:
   """
   names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
   is_own = lambda x: isinstance(x, PerDevice)
-  spec = lambda node: jax.tree.map(
-    lambda _: (
-      PartitionSpec(names if is_own(node) else None)
-      if is_own(node)
-      else PartitionSpec()
-    ),
-    node,
-  )
-  return jax.tree.map(spec, state, is_leaf=is_own)
+
+  def place(node: Any) -> Any:
+    spec = PartitionSpec(names) if is_own(node) else PartitionSpec()
+    return jax.tree.map(lambda _: spec, node)
+
+  return jax.tree.map(place, state, is_leaf=is_own)
 
 
 def init(
@@ -73,12 +70,12 @@ def init(
   >>> mesh = jax.make_mesh((8,), ("data",))
   >>> tx = int_all_reduce("data")
   >>> state = init(tx, {"kernel": jax.numpy.zeros((512, 256))}, mesh, "data")
-  >>> jax.tree.map(lambda x: x.shape, state.errors.arrays["kernel"].worker)
+  >>> state.errors.arrays["left"]["kernel"].worker.shape
   (8, 8, 64, 256)
 
   Args:
     tx: Any Optax transform, with exchanges in it.
-    params: Arrays, or their shapes.
+    params: Arrays; under `jax.eval_shape` their shapes.
     mesh: The mesh.
     axis_name: As given to the exchange.
     specs: Of the parameters, as for `jax.shard_map`; whole when None.

@@ -56,7 +56,7 @@ class TwoShot:
   def layout(self, part_shape: tuple[int, ...], dim: int | None) -> Layout:
     """Returns how the gradient is cut of a parameter, cut along `dim`."""
     parts = 1 if dim is None else self.axes.parts
-    copies = self.axes.parts * self.axes.copies // parts
+    copies = self.axes.devices // parts
     return Layout(part_shape, dim or 0, parts, copies, self.first.block)
 
   def init(self, layout: Layout) -> Errors:
@@ -89,7 +89,7 @@ class TwoShot:
     codes = self.first.encode(wanted, mask)
     left = wanted - self.first.decode(codes, mask)
     received = _swap(codes, self.axes.names)
-    mine = None if mask is None else mask[jax.lax.axis_index(self.axes.names)]
+    mine = None if mask is None else mask[self.axes.index]
     spread = None if mine is None else jnp.broadcast_to(mine, wanted.shape)
     mean = jnp.mean(self.first.decode(received, spread), 0, keepdims=True)
     server = errors.server

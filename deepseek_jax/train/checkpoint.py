@@ -14,10 +14,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from deepseek_jax import comm
 from deepseek_jax.core import tree
-from deepseek_jax.optim.averaging import averaged_params
 from deepseek_jax.train.processes import of_first
-from deepseek_jax.train.state import TrainState
+from deepseek_jax.train.replicas import own_paths, replicated
+from deepseek_jax.train.state import TrainState, evaluated
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -159,12 +160,16 @@ class Checkpoints:
       like: State of the same structure; its shardings decide where arrays go.
       iterator: Is set to where the data stood.
 
+    What every device keeps for itself in an exchange of gradients may be of
+    another number of devices, see `comm.adapt`.
+
     Raises:
       ValueError: If the checkpoint is of another model or optimizer; lists the
         missing, extra and mis-shaped leaves by path.
     """
     model, training = _items(like)
     self._check(step, "model", model)
+    training |= self._saved_by_others(step, like)
     self._check(step, "training", training)
     with self._intact(step):
       restored = self._manager.restore(
@@ -181,7 +186,25 @@ class Checkpoints:
     flat = {**restored["model"], **restored["training"]}
     leaves = [flat[path] for path in tree.leaf_paths(like)]
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    return state, restored["progress"]
+    return _adapted(state, like), restored["progress"]
+
+  def _saved_by_others(
+    self, step: int, like: TrainState
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns as they were saved arrays of another number of devices."""
+    own = own_paths(like)
+    if not own:
+      return {}
+    with self._intact(step):
+      saved = self._manager.item_metadata(step)["training"].tree
+    found = {}
+    for path, leaf in _flat(like).items():
+      shape = tuple(saved[path].shape) if path in own & saved.keys() else None
+      if shape is not None and shape != leaf.shape:
+        found[path] = jax.ShapeDtypeStruct(
+          shape, leaf.dtype, sharding=replicated(leaf.sharding)
+        )
+    return found
 
   def restore_model(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
     """Returns the parameters and other model state saved at a step.
@@ -305,7 +328,7 @@ def _sweep(directory: pathlib.Path) -> None:
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (model, training) as flat dicts from path to array."""
-  params = averaged_params(state.opt_state, state.params)
+  params = evaluated(state)
   model = _flat({"params": params, "rest": state.rest})
   # What is averaged is another array under the same path, and goes into both.
   training = {
@@ -314,6 +337,18 @@ def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     if model.get(path) is not leaf
   }
   return model, training
+
+
+def _adapted(state: TrainState, like: TrainState) -> TrainState:
+  """Returns a state for the devices of `like`."""
+  shapes = jax.tree.map(lambda x: x.shape, (state, like))
+  if shapes[0] == shapes[1]:
+    return state
+  wanted = jax.tree.map(lambda x: x.sharding, like.opt_state)
+  adapt = jax.jit(
+    lambda given: comm.adapt(given, like.opt_state), out_shardings=wanted
+  )
+  return state._replace(opt_state=adapt(state.opt_state))
 
 
 def _flat(nested: Any) -> dict[str, Any]:

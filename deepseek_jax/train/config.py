@@ -249,6 +249,9 @@ class Experiment:
   train: Train = Train()
   # How devices share the work; all of them along "data" by default.
   mesh: parallel.MeshSpec = dataclasses.field(default_factory=parallel.MeshSpec)
+  # How devices average gradients over slow links, such as "int8" or
+  # "diloco:period=50,compression=int8"; XLA sums them when None.
+  exchange: str | None = None
   # Seed of the initial weights, of dropout and of the order of examples.
   seed: int = 0
   # Run directory.
@@ -302,6 +305,7 @@ class Experiment:
       data,
       workdir=self.workdir,
       mesh=self.mesh,
+      exchange=self.exchange,
       batch_size=self.data.batch_size,
       seed=self.seed,
       loss=self.build_loss(data.schema),

@@ -20,6 +20,7 @@ from deepseek_jax.train import losses as losses_lib
 from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.early_stopping import EarlyStopping
+from deepseek_jax.train.exchange import Exchange, as_exchange
 from deepseek_jax.train.initial import Build
 from deepseek_jax.train.loop import Schedule, total_steps
 from deepseek_jax.train.placement import Placement
@@ -40,6 +41,7 @@ _NOT_IDENTITY = frozenset(
     "config",
     "mesh",
     "rules",
+    "exchange",
     "prefetch",
     "progress",
     "tensorboard",
@@ -81,6 +83,7 @@ def fit(
   max_skipped: int = 10,
   mesh: Mesh | parallel.MeshSpec | None = None,
   rules: parallel.Rules = (),
+  exchange: Exchange | str | None = None,
   watchdog_seconds: int | float = 600.0,
   prefetch: int | None = None,
   progress: bool = True,
@@ -144,6 +147,9 @@ def fit(
     rules: How to cut parameters over the mesh, pairs of a path pattern and a
       `PartitionSpec` as in `parallel.specs`; they come before the library's own
       for its models, and before one that cuts large arrays over "fsdp".
+    exchange: How devices average their gradients over "replica" and "data", as
+      `Exchange` or in words, such as "int8", "power_sgd:rank=2" or
+      "diloco:period=50,compression=int8": for slow links. None: XLA sums them.
     watchdog_seconds: Seconds without a step after which a run of several
       processes ends, each naming the one that stopped it, see
       `parallel.Watchdog`. A process that is alone is not watched.
@@ -204,13 +210,16 @@ def fit(
     checkpoint_seconds=checkpoint_seconds,
     max_skipped=max_skipped,
   )
-  placement = Placement(mesh, rules)
+  exchange = as_exchange(exchange)
+  placement = Placement(mesh, rules, exchange)
   asked = {
     "data": data.name,
     "schema": json.loads(data.schema.to_json()),
     "arguments": arguments | {"loss": _name(spec.loss)},
     "config": config,
   }
+  if exchange is not None:
+    asked["exchange"] = dataclasses.asdict(exchange)
   # Before anything that processes do together: they would wait for ever.
   parallel.agree({**asked, "mesh": dict(placement.mesh.shape)}, what="run")
   placement.check("batch_size / accumulate", batch_size // accumulate)

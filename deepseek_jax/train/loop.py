@@ -92,6 +92,7 @@ class Loop:
     stream: Iterator over batches, with Grain's `get_state`.
     evaluate: From the state to metrics of the validation split.
     learning_rates: From (opt_state, params) to rate by path, or None.
+    report: From opt_state to more numbers for every log line, or None.
     stopping: What watches the evaluations.
     run: Where lines go.
     checkpoints: Where states go.
@@ -109,6 +110,7 @@ class Loop:
     stream: grain.DatasetIterator,
     evaluate: Callable[[TrainState], dict[str, float]],
     learning_rates: Callable[[Any, Any], dict[str, Any]] | None,
+    report: Callable[[Any], dict[str, Any]] | None,
     stopping: EarlyStopping,
     run: RunDirectory,
     checkpoints: Checkpoints,
@@ -123,6 +125,7 @@ class Loop:
     self._stream = stream
     self._evaluate = evaluate
     self._learning_rates = learning_rates
+    self._report = report
     self._run = run
     self._checkpoints = checkpoints
     self._monitor = monitor
@@ -195,7 +198,10 @@ class Loop:
   def _log(self) -> None:
     """Starts the computation of a log line and resets the running metrics."""
     state = self.state
-    self._pending = ({"seconds": self.seconds}, _snapshot(state))
+    values = _snapshot(state)
+    if self._report is not None:
+      values["exchange"] = self._report(state.opt_state)
+    self._pending = ({"seconds": self.seconds}, values)
     self.state = state._replace(
       metrics=jax.tree.map(jnp.zeros_like, state.metrics)
     )
@@ -248,6 +254,8 @@ class Loop:
     }
     record |= metrics_lib.named("train", values["metrics"])
     record["train/skipped"] = int(values["skipped"])
+    for name, value in values.get("exchange", {}).items():
+      record[name] = metrics_lib.number(value)
     record |= extra or {}
     self._run.append(record)
     self._monitor.record(record)

@@ -11,7 +11,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax import models, parallel
-from deepseek_jax.train.state import TrainState
+from deepseek_jax.train.exchange import Exchange
+from deepseek_jax.train.replicas import Replicas
+from deepseek_jax.train.state import TrainState, split
 
 
 class Placement:
@@ -22,6 +24,7 @@ class Placement:
       devices along "data".
     rules: How to cut parameters and other state of the model, see
       `parallel.specs`; they come before the library's own.
+    exchange: How gradients are averaged; None leaves it to XLA.
 
   Raises:
     ValueError: If the mesh has an axis that is none of those, or its sizes do
@@ -32,11 +35,13 @@ class Placement:
     self,
     mesh: Mesh | parallel.MeshSpec | None = None,
     rules: parallel.Rules = (),
+    exchange: Exchange | None = None,
   ):
     if not isinstance(mesh, Mesh):
       mesh = parallel.make_mesh(mesh)
     self.mesh = _with_all_axes(mesh)
     self.rules = tuple(rules)
+    self.exchange = exchange
     self.replicated = NamedSharding(self.mesh, PartitionSpec())
     self.rows = NamedSharding(self.mesh, PartitionSpec(parallel.BATCH_AXES))
     self.row_parts = math.prod(
@@ -83,10 +88,7 @@ class Placement:
     Raises:
       ValueError: If a rule does not fit; by path.
     """
-    rules = parallel.merge(self.rules, _table(model))
-    params, rest = parallel.joint_specs(
-      (state.params, state.rest), rules, self.mesh
-    )
+    params, rest = self._specs(state.params, state.rest, model)
     specs = jax.tree.map(lambda _: PartitionSpec(), state)._replace(
       params=params,
       rest=rest,
@@ -94,11 +96,35 @@ class Placement:
         state.opt_state, state.params, params, self.mesh
       ),
     )
-    return jax.tree.map(
+    found = jax.tree.map(
       functools.partial(NamedSharding, self.mesh),
       specs,
       is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+    if self.exchange is None:
+      return found
+    replicas = Replicas(self.exchange, self.mesh, params)
+    return found._replace(
+      opt_state=replicas.shardings(state.opt_state, state.params)
+    )
+
+  def replicas(self, model: nnx.Module) -> Replicas | None:
+    """Returns the devices that exchange gradients of a model, if they do.
+
+    Args:
+      model: With arrays, or their shapes.
+    """
+    if self.exchange is None:
+      return None
+    _, params, rest = split(model)
+    return Replicas(
+      self.exchange, self.mesh, self._specs(params, rest, model)[0]
+    )
+
+  def _specs(self, params: Any, rest: Any, model: nnx.Module | None):
+    """Returns how parameters, and other state of the model, lie."""
+    rules = parallel.merge(self.rules, _table(model))
+    return parallel.joint_specs((params, rest), rules, self.mesh)
 
   def on_host(self, arrays: Any) -> Any:
     """Returns NumPy arrays of what may lie on devices of other processes.

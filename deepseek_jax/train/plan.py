@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from deepseek_jax import data as data_lib
 from deepseek_jax import parallel
 from deepseek_jax.train import state as state_lib
+from deepseek_jax.train.exchange import Exchange, as_exchange
 from deepseek_jax.train.initial import Build, abstract_state, without_values
 from deepseek_jax.train.placement import Placement
 from deepseek_jax.train.state import TrainState
@@ -40,6 +41,7 @@ class Plan:
     mesh: Sizes of the mesh's axes.
     model_flops: Operations that the model itself asks for in a step, forward
       and backward, recomputing not counted; None if nobody knows.
+    exchange: How gradients are averaged; None leaves it to XLA.
   """
 
   build: Build
@@ -48,6 +50,7 @@ class Plan:
   batch: dict[str, jax.ShapeDtypeStruct]
   mesh: parallel.MeshSpec
   model_flops: int | float | None = None
+  exchange: Exchange | None = None
 
   @classmethod
   def of(cls, experiment: "Experiment") -> "Plan":
@@ -78,6 +81,7 @@ class Plan:
       },
       mesh=experiment.mesh,
       model_flops=experiment.model_flops(data.schema),
+      exchange=as_exchange(experiment.exchange),
     )
 
   @property
@@ -108,16 +112,20 @@ class Plan:
     Raises:
       ValueError: If rows or rules do not fit the mesh.
     """
-    placement = Placement(mesh)
+    placement = Placement(mesh, exchange=self.exchange)
     placement.check(
       "batch_size / accumulate", self.rows // self.spec.accumulate
     )
+    model, tx = without_values(self.build), self.tx
+    replicas = placement.replicas(model)
+    if replicas is not None:
+      tx = replicas.transform(tx)
     shapes, shardings = abstract_state(
-      self.build, self.tx, self.spec.task, placement
+      self.build, tx, self.spec.task, placement
     )
-    training, _ = state_lib.structures(without_values(self.build))
+    training, _ = state_lib.structures(model)
     step = jit_once(
-      make_train_step(training, self.tx, self.spec),
+      make_train_step(training, tx, self.spec, replicas),
       "training step",
       mesh=placement.mesh,
       donate_argnums=0,

@@ -17,7 +17,6 @@ from deepseek_jax import data as data_lib
 from deepseek_jax import optim, parallel
 from deepseek_jax.core import tree
 from deepseek_jax.data.dataset import ArrayReader
-from deepseek_jax.optim.averaging import averaged_params
 from deepseek_jax.train import metrics as metrics_lib
 from deepseek_jax.train import run_directory
 from deepseek_jax.train import state as state_lib
@@ -69,6 +68,9 @@ class Session:
   ):
     self._model = without_values(model)
     training, evaluation = state_lib.structures(self._model)
+    self._replicas = replicas = placement.replicas(self._model)
+    if replicas is not None:
+      tx = replicas.transform(tx)
     self._data = data
     self._spec = spec
     self._placement = placement
@@ -76,7 +78,7 @@ class Session:
     self.state = initial_state(model, tx, spec.task, placement)
     self._check_model(evaluation)
     self.train_step = jit_once(
-      make_train_step(training, tx, spec),
+      make_train_step(training, tx, spec, replicas),
       "training step",
       mesh=placement.mesh,
       donate_argnums=0,
@@ -151,6 +153,7 @@ class Session:
         stream=stream,
         evaluate=self._validate,
         learning_rates=self._learning_rates(),
+        report=None if self._replicas is None else self._replicas.report,
         stopping=stopping,
         run=run,
         checkpoints=checkpoints,
@@ -256,11 +259,13 @@ class Session:
     return params, rest
 
   def _validate(self, state: state_lib.TrainState) -> dict[str, float]:
-    params = averaged_params(state.opt_state, state.params)
+    params = state_lib.evaluated(state)
     return self.evaluator.metrics(params, state.rest, self._data.validation)
 
   def _learning_rates(self) -> Callable[[Any, Any], dict[str, Any]] | None:
     """Returns the jitted read-back of rates, None if all are hidden."""
+    if state_lib.has_workers(self.state.opt_state):
+      return None  # Each has its own.
     read = functools.partial(optim.learning_rates, strict=False)
     found = jax.eval_shape(read, self.state.opt_state, self.state.params)
     return jax.jit(read) if found else None

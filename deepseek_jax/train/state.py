@@ -8,7 +8,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
+from deepseek_jax.comm.workers import Workers
 from deepseek_jax.data.schema import Task
+from deepseek_jax.optim.averaging import averaged_params
 from deepseek_jax.train import metrics as metrics_lib
 
 
@@ -100,3 +102,20 @@ def create(
     skipped=jnp.zeros((), jnp.int32),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
   )
+
+
+def evaluated(state: TrainState) -> Any:
+  """Returns the parameters to evaluate and to save.
+
+  The optimizer's average, if it has one; of workers that step for themselves
+  the common ones: their averages are of ways that end at every meeting.
+  """
+  if has_workers(state.opt_state):
+    return state.params
+  return averaged_params(state.opt_state, state.params)
+
+
+def has_workers(opt_state: optax.OptState) -> bool:
+  """Says whether devices step for themselves, see `comm.diloco`."""
+  is_worker = lambda x: isinstance(x, Workers)
+  return any(map(is_worker, jax.tree.leaves(opt_state, is_leaf=is_worker)))

@@ -15,12 +15,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from deepseek_jax import comm, parallel
 from deepseek_jax import data as data_lib
-from deepseek_jax import parallel
 from deepseek_jax.core import numerics, tree
 from deepseek_jax.data.schema import Task
 from deepseek_jax.train import losses as losses_lib
 from deepseek_jax.train import metrics as metrics_lib
+from deepseek_jax.train.replicas import Replicas
 from deepseek_jax.train.state import TrainState, pure
 
 Batch = Mapping[str, Array]
@@ -117,6 +118,7 @@ def make_train_step(
   structure: nnx.GraphDef,
   tx: optax.GradientTransformation,
   spec: StepSpec,
+  replicas: Replicas | None = None,
 ) -> Callable[[TrainState, Batch], TrainState]:
   """Returns the training step, not yet jitted.
 
@@ -130,6 +132,8 @@ def make_train_step(
     structure: The model's graph definition, in training mode.
     tx: Any Optax transform; it gets the loss as `value`.
     spec: Loss, names, accumulation and penalties.
+    replicas: The devices that exchange gradients by `tx`, which is then their
+      `transform`; None leaves sums over devices to XLA.
   """
   tx = optax.with_extra_args_support(tx)
 
@@ -154,9 +158,11 @@ def make_train_step(
     )
 
   def train_step(state: TrainState, batch: Batch) -> TrainState:
-    found = _gradient(structure, spec, state, batch)
+    found = _gradient(structure, spec, state, batch, replicas)
     value, grads, _, _ = found
     finite = jnp.isfinite(value) & numerics.all_finite(grads)
+    if replicas is not None:
+      finite = replicas.total(~finite) == 0
     halted = state.skipped_in_a_row >= spec.max_skipped
     state = state._replace(step=state.step + (~halted).astype(jnp.int32))
     # Branches, not `where`: choosing between the old and the new of donated
@@ -166,15 +172,48 @@ def make_train_step(
       branch, (advance, skip, lambda state, _: state), state, found
     )
 
-  return train_step
+  return train_step if replicas is None else replicas.step(train_step)
 
 
 def _gradient(
-  structure: nnx.GraphDef, spec: StepSpec, state: TrainState, batch: Batch
+  structure: nnx.GraphDef,
+  spec: StepSpec,
+  state: TrainState,
+  batch: Batch,
+  replicas: Replicas | None,
 ):
   """Returns (loss, gradient, other model state, metrics) of one batch."""
   weights = batch["mask"] * spec.loss.weights(batch[spec.target])
-  scale = numerics.safe_ratio(1.0, jnp.sum(weights), default=0.0)
+  if replicas is None:
+    return _local_gradient(
+      structure, spec, state, batch, weights, jnp.sum(weights)
+    )
+  # The mean over devices is to be the gradient of the mean over all rows.
+  total = replicas.total(jnp.sum(weights)) / replicas.count
+  local = state._replace(
+    params=comm.local_params(state.opt_state, state.params),
+    rest=replicas.own_streams(state.rest),
+  )
+  value, grads, rest, metrics = _local_gradient(
+    structure, spec, local, batch, weights, total
+  )
+  return (
+    replicas.mean(value),
+    grads,
+    replicas.joined(state.rest, rest),
+    replicas.metrics(metrics),
+  )
+
+
+def _local_gradient(
+  structure: nnx.GraphDef,
+  spec: StepSpec,
+  state: TrainState,
+  batch: Batch,
+  weights: Array,
+  total: Array,
+):
+  scale = numerics.safe_ratio(1.0, total, default=0.0)
 
   def objective(params, rest, micro, weights):
     model = nnx.merge(structure, params, rest)
