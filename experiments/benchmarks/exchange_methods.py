@@ -150,7 +150,7 @@ def mlp_loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
   """Returns the mean cross-entropy, in nats."""
   last = len(params) // 2 - 1
   for i in range(last + 1):
-    x = x @ params[f"kernel_{i}"] + params[f"bias_{i}"]
+    x = x @ params[f"kernel_{i}"] + params[f"bias_{i}"][None]
     x = jax.nn.relu(x) if i < last else x
   return optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
 
