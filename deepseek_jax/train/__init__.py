@@ -7,6 +7,7 @@ from deepseek_jax.train.config import Experiment as Experiment
 from deepseek_jax.train.config import Optimizer as Optimizer
 from deepseek_jax.train.config import Train as Train
 from deepseek_jax.train.early_stopping import EarlyStopping as EarlyStopping
+from deepseek_jax.train.exchange import Exchange as Exchange
 from deepseek_jax.train.fit import fit as fit
 from deepseek_jax.train.language import LanguageExperiment as LanguageExperiment
 from deepseek_jax.train.language import LanguageModel as LanguageModel
