@@ -1,6 +1,7 @@
 """Strict JAX, eight fake devices and one prepared data directory for all."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
@@ -17,6 +18,16 @@ def pytest_configure(config):
   """
   if config.getoption("markexpr") == "not slow":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+def pytest_collection_modifyitems(items):
+  """Marks the tests of `tests/slow.txt`, most of them one case of several."""
+  path = pathlib.Path(__file__).with_name("tests") / "slow.txt"
+  lines = path.read_text(encoding="utf-8").splitlines()
+  slow = {line for line in lines if not line.startswith("#")}
+  for item in items:
+    if item.nodeid in slow:
+      item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

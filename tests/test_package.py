@@ -169,3 +169,13 @@ def test_python_block_of_the_readme_runs(index, epochs, tmp_path):
     env={k: v for k, v in os.environ.items() if k not in fake_devices},
     check=True,
   )
+
+
+def test_tests_that_are_left_to_ci_exist():
+  root = pathlib.Path(__file__).parents[1]
+  lines = (root / "tests" / "slow.txt").read_text().splitlines()[1:]
+  assert lines == sorted(set(lines))
+  for line in lines:
+    path, _, rest = line.partition("::")
+    name = rest.partition("[")[0].rpartition("::")[2]
+    assert f"def {name}(" in (root / path).read_text(), line
