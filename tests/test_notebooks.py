@@ -15,7 +15,7 @@ import pytest
 NOTEBOOKS = sorted(pathlib.Path(__file__).parents[1].glob("colab/*.ipynb"))
 TINY = {"epochs": 1, "steps": 4, "seeds": 1, "lengths": (128, 256)}
 # Kept as executed, for those who read before they run.
-WITH_OUTPUTS = {"03_long_context", "05_sharding"}
+WITH_OUTPUTS = {"03_long_context", "05_sharding", "06_gradient_exchange"}
 MOST_BYTES = 400_000
 
 
