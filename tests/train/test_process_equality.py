@@ -33,7 +33,7 @@ class Kept(KIND):
                **dict(zip(paths, jax.tree.leaves(whole), strict=True)))
     return result
 
-TRAIN = Train(epochs=None, steps=8, evaluate_every=4, log_every=1,
+TRAIN = Train(epochs=None, steps=4, evaluate_every=2, log_every=1,
               tensorboard=False, progress=False)
 """
 CLASSIFIER = """
