@@ -53,15 +53,15 @@ class Method(Protocol):
     """Over which devices."""
     ...
 
-  def init(self, leaves: Sequence[Leaf]) -> tuple[PyTree, PyTree]:
-    """Returns what a device keeps for itself, and what is equal on all."""
+  def init(self, leaves: Sequence[Leaf]) -> PyTree:
+    """Returns what a device keeps for itself, with a leading axis of one."""
     ...
 
   def __call__(
     self, grads: Sequence[Array], leaves: Sequence[Leaf], own: PyTree,
-    inner: PyTree, count: Array,
-  ) -> tuple[Sequence[Array], PyTree, PyTree, Array, Array]:  # fmt: skip
-    """Returns means, both states, and squares of what is left and of all."""
+    count: Array,
+  ) -> tuple[Sequence[Array], PyTree, Array, Array]:  # fmt: skip
+    """Returns means, the state, and squares of what is left and of all."""
     ...
 
   def sent_bytes(self, leaves: Sequence[Leaf]) -> float:
@@ -104,11 +104,10 @@ def exchange(
     return chosen, others
 
   def init_fn(params: PyTree) -> Any:
-    own, inner = method.init(sort(params)[0])
+    own = method.init(sort(params)[0])
     return ExchangeState(
       count=jnp.zeros((), jnp.int32),
       errors=PerDevice(own),
-      inner=inner,
       relative_error=jnp.zeros((), jnp.float32),
       sent_bytes=jnp.zeros((), jnp.float32),
     )
@@ -125,36 +124,33 @@ def exchange(
     means: dict[int, Array] = {
       x.index: mean(grads[x.index], x, axes) for x in others
     }
-    own, inner = state.errors.arrays, state.inner
+    own = state.errors.arrays
 
-    def compressed(grads, own, inner):
-      found, own, inner, lost, whole = method(
-        grads, chosen, own, inner, state.count
-      )
+    def compressed(grads, own):
+      found, own, lost, whole = method(grads, chosen, own, state.count)
       share = jax.lax.pmean(jnp.stack([lost, whole]), axes.names)
       error = jnp.sqrt(share[0] / jnp.maximum(share[1], 1e-30))
       sent = jnp.asarray(method.sent_bytes(chosen), jnp.float32)
-      return list(found), own, inner, error, sent
+      return list(found), own, error, sent
 
-    def plain(grads, own, inner):
+    def plain(grads, own):
       found = [mean(g, x, axes) for g, x in zip(grads, chosen, strict=True)]
       sent = sum(plain_bytes(x, axes) for x in chosen)
-      return found, own, inner, jnp.float32(0), jnp.float32(sent)
+      return found, own, jnp.float32(0), jnp.float32(sent)
 
     wanted = [grads[x.index] for x in chosen]
     if warmup:
-      found, own, inner, error, sent = jax.lax.cond(
-        state.count < warmup, plain, compressed, wanted, own, inner
+      found, own, error, sent = jax.lax.cond(
+        state.count < warmup, plain, compressed, wanted, own
       )
     else:
-      found, own, inner, error, sent = compressed(wanted, own, inner)
+      found, own, error, sent = compressed(wanted, own)
     means |= {x.index: g for x, g in zip(chosen, found, strict=True)}
     sent += sum(plain_bytes(x, axes) for x in others)
     return structure.unflatten([means[i] for i in range(len(grads))]), (
       ExchangeState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         errors=PerDevice(own),
-        inner=inner,
         relative_error=error,
         sent_bytes=sent,
       )

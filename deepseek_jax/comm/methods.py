@@ -39,7 +39,7 @@ class Blockwise:
     """Returns how a leaf's gradient is cut."""
     return self.shots.layout(leaf.shape, leaf.dim)
 
-  def init(self, leaves: Sequence[Leaf]) -> tuple[PyTree, PyTree]:
+  def init(self, leaves: Sequence[Leaf]) -> PyTree:
     """Returns errors, and masks where there are some."""
     layouts = [self.layout(leaf) for leaf in leaves]
     errors = {
@@ -47,22 +47,21 @@ class Blockwise:
       for leaf, layout in zip(leaves, layouts, strict=True)
     }
     if not self.refresh:
-      return {"left": errors}, {}
+      return {"left": errors}
     seen = {
       leaf.path: jnp.zeros((1, *layout.chunks), bool)
       for leaf, layout in zip(leaves, layouts, strict=True)
     }
-    return {"left": errors, "seen": seen}, {}
+    return {"left": errors, "seen": seen}
 
   def __call__(
     self,
     grads: Sequence[Array],
     leaves: Sequence[Leaf],
     own: PyTree,
-    inner: PyTree,
     count: Array,
-  ) -> tuple[list[Array], PyTree, PyTree, Array, Array]:
-    """Returns means, states, and squares of what is left and of all."""
+  ) -> tuple[list[Array], PyTree, Array, Array]:
+    """Returns means, the state, and squares of what is left and of all."""
     found, left, seen = [], {}, {}
     lost = whole = jnp.zeros((), jnp.float32)
     for grad, leaf in zip(grads, leaves, strict=True):
@@ -77,7 +76,7 @@ class Blockwise:
       left[leaf.path] = one.errors
       lost, whole = lost + one.lost, whole + one.whole
     own = {"left": left} | ({"seen": seen} if self.refresh else {})
-    return found, own, inner, lost, whole
+    return found, own, lost, whole
 
   def _union(self, wanted: Array, known: Array, count: Array) -> Array:
     """Returns where any device had or has something to send."""

@@ -81,8 +81,8 @@ class LowRank:
   axes: Axes
   rank: int
 
-  def init(self, leaves: Sequence[Leaf]) -> tuple[PyTree, PyTree]:
-    """Returns no errors, and the same random Q everywhere."""
+  def init(self, leaves: Sequence[Leaf]) -> PyTree:
+    """Returns no errors, and a random Q, the same on all devices."""
     errors, factors = {}, {}
     for shape, group in self._groups(leaves).items():
       _check_rank(self.rank, shape, group)
@@ -90,24 +90,23 @@ class LowRank:
       errors[name] = jnp.zeros((1, len(group), *shape), jnp.float32)
       key = jax.random.fold_in(jax.random.key(0), math.prod(shape))
       factors[name] = jax.random.normal(
-        key, (len(group), shape[1], self.rank), jnp.float32
+        key, (1, len(group), shape[1], self.rank), jnp.float32
       )
-    return errors, factors
+    return {"left": errors, "factors": factors}
 
   def __call__(
     self,
     grads: Sequence[Array],
     leaves: Sequence[Leaf],
     own: PyTree,
-    inner: PyTree,
     count: Array,
-  ) -> tuple[list[Array], PyTree, PyTree, Array, Array]:
-    """Returns means, states, and squares of what is left and of all."""
+  ) -> tuple[list[Array], PyTree, Array, Array]:
+    """Returns means, the state, and squares of what is left and of all."""
     del count
     places = {leaf.index: i for i, leaf in enumerate(leaves)}
     groups = self._groups(leaves)
     wanted = {
-      _name(shape): own[_name(shape)][0]
+      _name(shape): own["left"][_name(shape)][0]
       + jnp.stack(
         [
           grads[places[x.index]].astype(jnp.float32).reshape(shape)
@@ -116,7 +115,7 @@ class LowRank:
       )
       for shape, group in groups.items()
     }
-    tall = {name: m @ inner[name] for name, m in wanted.items()}
+    tall = {name: m @ own["factors"][name][0] for name, m in wanted.items()}
     tall = jax.lax.pmean(tall, self.axes.names)
     tall = {name: orthogonal(p) for name, p in tall.items()}
     wide = {
@@ -137,11 +136,13 @@ class LowRank:
         one = one.reshape(grad.shape).astype(grad.dtype)
         found[places[leaf.index]] = self._part(one, leaf)
     # A column that found nothing would never find anything again.
-    alive = {
-      name: jnp.where(jnp.any(q != 0, 1, keepdims=True), q, inner[name])
+    factors = {
+      name: jnp.where(
+        jnp.any(q != 0, 1, keepdims=True), q, own["factors"][name][0]
+      )[None]
       for name, q in wide.items()
     }
-    return found, left, alive, lost, whole
+    return found, {"left": left, "factors": factors}, lost, whole
 
   def sent_bytes(self, leaves: Sequence[Leaf]) -> float:
     """Returns the bytes that a device sends."""

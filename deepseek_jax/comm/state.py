@@ -26,7 +26,6 @@ class ExchangeState(NamedTuple):
 
   count: Count  # shape=(), dtype=int32: exchanges done
   errors: PerDevice  # what was not sent yet, and what else a device remembers
-  inner: PyTree  # what is equal on all devices
   relative_error: Float32[Array, ""]  # of the latest: what is left / all
   sent_bytes: Float32[Array, ""]  # by a device, in the latest
 

@@ -214,8 +214,13 @@ class Replicas:
     def update(updates, state, params=None, **extra_args):
       del extra_args
       part, kept = _like(specs, params), own(state)
+
+      def of_parts(*args):
+        updates, state = tx.update(*args)
+        return updates, _with_worst_error(state, self.free)
+
       return mapped(
-        lambda *args: tx.update(*args),
+        of_parts,
         in_specs=(part, kept, part),
         out_specs=(part, kept),
       )(updates, state, params)
@@ -245,6 +250,17 @@ def replicated(sharding: Any) -> Any:
   if isinstance(sharding, NamedSharding):
     return NamedSharding(sharding.mesh, PartitionSpec())
   return sharding
+
+
+def _with_worst_error(state: Any, names: tuple[str, ...]) -> Any:
+  """Returns a state whose error is the largest of all parts of parameters."""
+  is_one = lambda x: isinstance(x, comm.ExchangeState)
+  worst = lambda x: x._replace(
+    relative_error=jax.lax.pmax(x.relative_error, names)
+  )
+  return jax.tree.map(
+    lambda x: worst(x) if is_one(x) else x, state, is_leaf=is_one
+  )
 
 
 def _like(specs: Any, params: Any) -> Any:

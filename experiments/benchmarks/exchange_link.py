@@ -28,7 +28,7 @@ ASKED = {"int8": 2.5, "PowerSGD 4": 5.0, "DiLoCo 10": 4.0}  # At 100 Mbit/s.
 
 
 class LinkError(RuntimeError):
-  """This machine cannot make such a link, or the job on it failed."""
+  """This machine cannot make such a link."""
 
 
 def case(flags: Any, keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def session(flags: Any) -> dict[str, Any]:
     ]  # fmt: skip
     errors = _run(commands, pathlib.Path(folder))
     if not out.exists():
-      raise LinkError(f"the job failed: {errors}")
+      raise RuntimeError(f"the job on the link failed: {errors}")
     return json.loads(out.read_text())
 
 

@@ -240,9 +240,9 @@ def held(at, state):
     inner = held(at, state.exchange)
     return {name: x + inner.get(name, 0) for name, x in waits.items()}
   own = state.errors.arrays
-  if "left" in own:
-    return {name: _unsent(at, name, x) for name, x in own["left"].items()}
-  return _unsent_matrices(own)
+  if "factors" in own:
+    return _unsent_matrices(own["left"])
+  return {name: _unsent(at, name, x) for name, x in own["left"].items()}
 
 
 def _unsent(at, name, errors):

@@ -44,7 +44,7 @@ def test_equals_its_transcription():
     shape = tuple(map(int, stack.split("x")))
     expected = transcription(
       grads[name].reshape(STEPS, 4, *shape),
-      np.asarray(run.start.inner[stack][i], np.float64),
+      np.asarray(run.start.errors.arrays["factors"][stack][0, i], np.float64),
     )
     size = np.abs(grads[name]).max()
     np.testing.assert_allclose(
@@ -81,7 +81,7 @@ def test_the_full_rank_is_the_mean():
     size = np.abs(exact).max()
     np.testing.assert_allclose(updates[name], exact, rtol=0, atol=1e-5 * size)
   # Devices keep how they differ from the mean; of the mean nothing is kept.
-  for errors in state.errors.arrays.values():
+  for errors in state.errors.arrays["left"].values():
     assert np.abs(np.asarray(errors).mean(0)).max() < 1e-4
 
 
@@ -90,7 +90,10 @@ def test_zeros_at_the_start_do_not_stop_it():
   zeros = {name: np.zeros_like(x) for name, x in grads.items()}
   updates, state = full_rank()(zeros)
   assert_equal(updates, zeros)
-  assert_equal(state.inner, full_rank().start.inner)
+  assert_equal(
+    state.errors.arrays["factors"],
+    full_rank().start.errors.arrays["factors"],
+  )
   updates = joined(AT, full_rank()(grads, state)[0])
   exact = mean(grads)["tall"]
   np.testing.assert_allclose(updates["tall"], exact, rtol=0, atol=1e-5)

@@ -59,6 +59,23 @@ def run(workdir, exchange, mesh=None, devices=8, build=Net, **options):
   )  # fmt: skip
 
 
+def run_half(monkeypatch, workdir, exchange, mesh):
+  """Stops a run after 6 of 12 steps."""
+  loop = train.loop.Loop
+  look = loop._look
+
+  def look_and_stop(self, step):
+    look(self, step)
+    if step == 6:
+      signal.raise_signal(signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "_look", look_and_stop)
+    cut = run(workdir, exchange, mesh)
+  assert not cut.complete
+  assert cut.steps == 6
+
+
 def losses(result):
   return np.array([row["train/loss"] for row in result.history])
 
@@ -133,22 +150,23 @@ def test_a_run_goes_on_on_other_numbers_of_devices(
   tmp_path, exchange, devices, monkeypatch
 ):
   whole = run(tmp_path / "whole", exchange, MeshSpec(data=8))
-  loop = train.loop.Loop
-  look = loop._look
-
-  def look_and_stop(self, step):
-    look(self, step)
-    if step == 6:
-      signal.raise_signal(signal.SIGTERM)
-
-  monkeypatch.setattr(loop, "_look", look_and_stop)
-  cut = run(tmp_path / "cut", exchange, MeshSpec(data=8))
-  assert not cut.complete
-  assert cut.steps == 6
-  monkeypatch.undo()
+  run_half(monkeypatch, tmp_path / "cut", exchange, MeshSpec(data=8))
   few = run(tmp_path / "cut", exchange, MeshSpec(data=devices), devices=devices)
   assert few.complete
   np.testing.assert_allclose(losses(few), losses(whole), rtol=0.05)
+
+
+@slow
+def test_a_run_beside_parts_of_parameters_goes_on_to_the_same_bits(
+  tmp_path, monkeypatch
+):
+  # Every part of a matrix has factors of its own.
+  exchange = "power_sgd:axes=replica,min_size=64,rank=2"
+  whole = run(tmp_path / "whole", exchange, MIXED)
+  run_half(monkeypatch, tmp_path / "cut", exchange, MIXED)
+  np.testing.assert_array_equal(
+    losses(run(tmp_path / "cut", exchange, MIXED)), losses(whole)
+  )
 
 
 def test_a_gradient_that_is_not_finite_on_one_device_stops_no_other(tmp_path):
