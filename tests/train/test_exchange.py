@@ -52,6 +52,8 @@ def run(workdir, exchange, mesh=None, devices=8, build=Net, **options):
     "batch_size": 32,
     "tensorboard": False,
     "progress": False,
+    # Too small to be cut by the library's own rules.
+    "rules": [("first/kernel", jax.P(None, "fsdp"))],
   }
   return train.fit(
     build, optax.adam(1e-2), dataset(), workdir=workdir, mesh=mesh,
